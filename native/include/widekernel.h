@@ -18,7 +18,8 @@ extern "C" {
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
 
-enum wk_dtype { WK_FLOAT32 = 0, WK_BFLOAT16 = 1, WK_FLOAT16 = 2 };
+// The types of tensors, and, in int8, of factors of pointwise products only.
+enum wk_dtype { WK_FLOAT32 = 0, WK_BFLOAT16 = 1, WK_FLOAT16 = 2, WK_INT8 = 3 };
 
 // How one rectangle is computed.
 enum wk_method {
@@ -92,9 +93,16 @@ typedef struct {
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
 //
-// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are
-// rounded to the nearest bfloat16, ties to even; subnormal ones count as zero. All else is float32: tensors, norms, activation,
-// biases, residual, and the sums of products, which are exact.
+// `type` is that of the factors of both products, WK_FLOAT32, WK_BFLOAT16 or WK_INT8. All else is float32: tensors, norms, activation,
+// biases, residual, and the sums of products. In bfloat16, weights, norm(x) and hidden units are rounded to the nearest bfloat16,
+// ties to even; subnormal ones count as zero. Their products are exact.
+//
+// In int8, weights become whole numbers from -127 to 127, times the largest absolute value of their output divided by 127. The channels
+// of a pixel, or all numbers of its patch, become scale · (n - zero) with a whole n from 0 to 255, scale = (high - low) / 255 and
+// zero = -low / scale, rounded, where [low, high] is the range of these channels and 0. So do hidden units, by chunks, the smallest
+// number of equal ones of up to 512 units that are multiples of 64. Rounding is to the nearest number, ties to even. Within a chunk,
+// sums of products are exact; chunks are added in float32. Scales below 1e-30 count as zero. If a number is not finite, all results
+// that depend on its scale are NaN.
 //
 // With patches, `first` is (hidden, inputs, rows, columns). Pixels are normalized before zeros are put around the image. With
 // `normalize_after`, a layer norm over the hidden units, and then the factors and summands, come before the activation.

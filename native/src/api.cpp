@@ -15,6 +15,9 @@ extern const Kernels kernels_avx2, kernels_avx512;
 #ifdef WIDEKERNEL_AVX512_BF16
 extern const Products products_avx512_bf16;
 #endif
+#ifdef WIDEKERNEL_AVX512_VNNI
+extern const Products products_avx512_vnni;
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif
@@ -49,20 +52,31 @@ const Kernels &kernels() {
 const Products *products(int32_t type, const char *&reason) {
     reason = nullptr;
     if (type == WK_FLOAT32) return &kernels().products;
-    if (type != WK_BFLOAT16) {
-        reason = "products are computed in float32 or bfloat16";
-        return nullptr;
-    }
+    if (type == WK_BFLOAT16) {
 #ifdef WIDEKERNEL_AVX512_BF16
-    if (!Processor::present().avx512_bf16())
-        reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
-    else if (&kernels() != &kernels_avx512)
-        reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
-    else
-        return &products_avx512_bf16;
+        if (!Processor::present().avx512_bf16())
+            reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
+        else if (&kernels() != &kernels_avx512)
+            reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
+        else
+            return &products_avx512_bf16;
 #else
-    reason = "this build of the native library has no bfloat16 products, which its compiler or processor family lacks";
+        reason = "this build of the native library has no bfloat16 products, which its compiler or processor family lacks";
 #endif
+    } else if (type == WK_INT8) {
+#ifdef WIDEKERNEL_AVX512_VNNI
+        if (!Processor::present().avx512_vnni())
+            reason = "this processor has no int8 products (AVX512_VNNI: Intel Cascade Lake, AMD Zen 4, and later)";
+        else if (&kernels() != &kernels_avx512)
+            reason = "the instruction set in use has no int8 products; only avx512 has them";
+        else
+            return &products_avx512_vnni;
+#else
+        reason = "this build of the native library has no int8 products, which its compiler or processor family lacks";
+#endif
+    } else {
+        reason = "products are computed in float32, bfloat16 or int8";
+    }
     return nullptr;
 }
 
@@ -140,7 +154,7 @@ bool is_valid(const wk_patch &patch) {
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 &&
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_INT8 &&
            (!weights.normalize || weights.eps >= 0) && is_valid(weights.patch) &&
            (!weights.normalize_after || (weights.outputs == 0 && weights.after_eps >= 0)) &&
            (!weights.response || (weights.outputs > 0 && weights.response_eps >= 0));

@@ -38,15 +38,17 @@ inline Stack carve_stack(Carver &carver, int64_t pixels, int64_t groups) {
 }
 
 // Activations of several pixels. The inputs are factors of a product, hidden units only if there is a second one, outputs are not.
+// `unscaled` are hidden units in float32, from which factors with a scale are made once a chunk is complete.
 struct Activations {
-    Stack x, hidden, y;
+    Stack x, hidden, y, unscaled;
 
     Activations() = default;
     // For `units` hidden units at a time.
     Activations(Carver &carver, const wk_pointwise &packed, int64_t pixels, int64_t units) {
-        x = carve_stack(carver, pixels, words_for(packed.inputs));
-        hidden = carve_stack(carver, pixels, packed.outputs ? words_for(units) : vectors_for(units));
+        x = carve_stack(carver, pixels, words_for(packed.inputs) + SCALE_VECTORS);
+        hidden = carve_stack(carver, pixels, packed.outputs ? Weights(packed).unit_words(units) : vectors_for(units));
         y = carve_stack(carver, pixels, vectors_for(packed.outputs));
+        unscaled = carve_stack(carver, pixels, SCALED && packed.outputs ? vectors_for(units) : 0);
     }
 
     static int64_t bytes(const wk_pointwise &packed, int64_t pixels, int64_t units) {
@@ -56,7 +58,8 @@ struct Activations {
     }
 };
 
-// Channels that have yet to be rounded to factors: of LANES inputs, and of a panel of hidden units. Nothing for float32.
+// Channels that have yet to be rounded to factors: of LANES inputs, and, without scales, of a panel of hidden units. Nothing for
+// float32.
 struct Unrounded {
     Vec *x = nullptr;
     Stack hidden{};
@@ -65,7 +68,7 @@ struct Unrounded {
     Unrounded(Carver &carver, const wk_pointwise &packed, int64_t pixels) {
         if constexpr (WORD > 1) {
             x = carver.take<Vec>(LANES * vectors_for(packed.inputs));
-            hidden = carve_stack(carver, pixels, PANEL_VECTORS);
+            hidden = carve_stack(carver, pixels, SCALED ? 0 : PANEL_VECTORS);
         }
     }
 
@@ -77,8 +80,8 @@ struct Unrounded {
 };
 
 // How pixels are distributed. If there are enough, each task computes some of them from the first product to the last. Otherwise,
-// all threads share the activations of all pixels: tasks pack tiles of pixels, compute hidden units, and compute outputs, in this
-// order. Both ways add in the same order, so the results do not depend on the number of threads.
+// all threads share the activations of all pixels: tasks pack tiles of pixels, compute hidden units, scale those of a tile if need
+// be, and compute outputs, in this order. Both ways add in the same order, so the results do not depend on the number of threads.
 struct Distribution {
     int32_t threads;
     bool shared;
@@ -148,6 +151,7 @@ class Pointwise {
             all_ = Activations(carver, packed_, pixels_, packed_.hidden);
             phases.add(all_.x.tiles(), &Pointwise::pack_tile);
             phases.add(weights_.chunks.count() * parts_, &Pointwise::compute_part);
+            if (SCALED && packed_.outputs) phases.add(all_.hidden.tiles(), &Pointwise::scale_tile);
             if (packed_.normalize_after)
                 phases.add(all_.hidden.tiles(), &Pointwise::normalize_tile);
             else
@@ -187,7 +191,8 @@ class Pointwise {
             const int64_t units = weights_.chunks.in(chunk);
             const int64_t group = packed_.normalize_after ? hidden_group(chunk) : 0;
             const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
-            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, group, unrounded, next);
+            hidden_units(own.x, chunk, 0, panels_for(units), scales_units() ? own.unscaled : own.hidden, group, unrounded, next);
+            if (scales_units()) scale_units(own.unscaled, 0, chunk, own.hidden, 0);
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
             else if (!packed_.normalize_after)
@@ -209,8 +214,9 @@ class Pointwise {
         Carver carver{own_block()};
         if (!carver.base) return;
         const auto [chunk, begin, end] = part_of_units(task);
-        const int64_t group = hidden_group(chunk);
-        hidden_units(all_.x, chunk, begin, end, all_.hidden, group, Unrounded(carver, packed_, pixels_), after_part(task));
+        const int64_t group = scales_units() ? first_vector(chunk) : hidden_group(chunk);
+        const Stack &units = scales_units() ? all_.unscaled : all_.hidden;
+        hidden_units(all_.x, chunk, begin, end, units, group, Unrounded(carver, packed_, pixels_), after_part(task));
         if (!packed_.outputs && !packed_.normalize_after)
             unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                           target(0, packed_.hidden), 0, nullptr);
@@ -245,10 +251,31 @@ class Pointwise {
                       second_bias());
     }
 
+    // The hidden units of a tile, chunk by chunk.
+    void scale_tile(int64_t task) {
+        for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
+            scale_units(all_.unscaled.only(task), first_vector(chunk), chunk, all_.hidden.only(task), hidden_group(chunk));
+    }
+
     void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), task * all_.hidden.each); }
 
-    // Among the hidden units of all chunks, the group with which a chunk begins.
-    int64_t hidden_group(int64_t chunk) const { return weights_.chunks.begin(chunk) / (packed_.outputs ? GROUP : LANES); }
+    // Among the hidden units of all chunks, the group with which a chunk begins; and among vectors of units in float32.
+    int64_t hidden_group(int64_t chunk) const {
+        return packed_.outputs ? weights_.unit_words(weights_.chunks.begin(chunk)) : first_vector(chunk);
+    }
+    int64_t first_vector(int64_t chunk) const { return weights_.chunks.begin(chunk) / LANES; }
+    // Whether hidden units become factors once those of a chunk are complete.
+    bool scales_units() const { return SCALED && packed_.outputs; }
+
+    // Makes factors of a chunk of hidden units. It begins with a vector of `from` and a group of `to`.
+    void scale_units(const Stack &from, int64_t vector, int64_t chunk, const Stack &to, int64_t group) const {
+        for (int64_t t = 0; t < from.tiles(); t++) {
+            const int64_t rows = from.rows(t);
+            for (int64_t row = 0; row < rows; row++)
+                convert(Slot(from.tile(t) + vector * rows + row, rows), vectors_for(weights_.chunks.in(chunk)),
+                        Slot(to.tile(t) + group * rows + row, rows));
+        }
+    }
 
     void pack(int64_t first, const Stack &to, const Unrounded &unrounded) const {
         const int64_t channels = packed_.channels, vectors = vectors_for(packed_.inputs);
@@ -292,7 +319,7 @@ class Pointwise {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count(), steps = blocks * (end - begin);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         const int32_t activation = packed_.normalize_after ? int32_t{WK_NO_ACTIVATION} : packed_.activation;
-        const bool rounds = WORD > 1 && packed_.outputs && !squares;
+        const bool rounds = WORD > 1 && !SCALED && packed_.outputs && !squares;
         // Sums that are to be rounded have room for one panel only, which all blocks complete before the next panel.
         auto panel_at = [&](int64_t step) { return begin + (rounds ? step / blocks : step % (end - begin)); };
         auto block_at = [&](int64_t step) { return rounds ? step % blocks : step / (end - begin); };
@@ -304,9 +331,9 @@ class Pointwise {
             for (int64_t t = 0; t < x.tiles(); t++) {
                 const int64_t rows = x.rows(t);
                 Vec *sums = rounds ? unrounded.hidden.tile(t) : to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
-                const Vec *a = x.tile(t) + weights_.blocks.begin(block) / GROUP * rows;
+                const Vec *a = x.tile(t) + weights_.blocks.begin(block) / GROUP * rows, *scales = x.tile(t) + words_for(packed_.inputs) * rows;
                 tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), weights_.first(chunk, block, panel), depth,
-                                                 sums, block > 0, later.part(t));
+                                                 scales, sums, block > 0, later.part(t));
                 if (block < blocks - 1) continue;
                 for (int64_t v = 0; v < vectors; v++) {
                     activate(activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
@@ -329,11 +356,11 @@ class Pointwise {
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);
-            const Fetcher later(panel + 1 < end ? b + vectors * LANES * depth : next, depth, y.tiles());
+            const Fetcher later(panel + 1 < end ? b + vectors * LANES * (depth + SCALE_LINES) : next, depth, y.tiles());
             for (int64_t t = 0; t < y.tiles(); t++) {
                 const int64_t rows = y.rows(t);
-                const Vec *a = hidden.tile(t) + group * rows;
-                tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth,
+                const Vec *a = hidden.tile(t) + group * rows, *scales = a + words_for(weights_.chunks.in(chunk)) * rows;
+                tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, scales,
                                                  y.tile(t) + panel * PANEL_VECTORS * rows, chunk > 0, later.part(t));
             }
         }

@@ -14,7 +14,7 @@ namespace wk {
 
 // Bits of the registers that `cpuid` fills in; `enabled` are the registers that the operating system saves for each thread.
 struct Processor {
-    uint32_t basic = 0, extended = 0, further = 0, enabled = 0;
+    uint32_t basic = 0, extended = 0, more = 0, further = 0, enabled = 0;
     uint32_t vendor = 0;  // the first letters of the vendor's name
 
     static Processor present() {
@@ -26,7 +26,7 @@ struct Processor {
         asm("xgetbv" : "=a"(found.enabled), "=d"(d) : "c"(0));
         if (__get_cpuid(0, &a, &b, &c, &d)) found.vendor = b;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
-        found.extended = b;
+        found.extended = b, found.more = c;
         if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.further = a;
         return found;
     }
@@ -46,6 +46,11 @@ struct Processor {
     bool avx512_bf16() const {
         constexpr uint32_t bf16 = 1u << 5;
         return avx512() && has(further, bf16);
+    }
+
+    bool avx512_vnni() const {
+        constexpr uint32_t vnni = 1u << 11;
+        return avx512() && has(more, vnni);
     }
 
   private:

@@ -46,9 +46,9 @@ template <int ROWS, int VECTORS, int STEP = LANES> WK_INLINE void add_word(Vec (
 }
 
 // c = or += rows × panel. `a` has `depth` words of ROWS rows, `b` as many lines of VECTORS vectors; `depth` is a multiple of
-// UNROLLED. `c` has groups of ROWS rows.
+// UNROLLED. `scales` are the vectors after the words of the rows, if words are scaled. `c` has groups of ROWS rows.
 template <int ROWS, int VECTORS>
-void tile_product(const float *a, const float *b, int64_t depth, Vec *c, bool add, Fetch later) {
+void tile_product(const float *a, const float *b, int64_t depth, const Vec *scales, Vec *c, bool add, Fetch later) {
     Vec sum[ROWS][VECTORS];
     unroll<ROWS>([&](auto m) { unroll<VECTORS>([&](auto v) { sum[m][v] = Vec{}; }); });
     // One nest of loops: between two, the compiler would move all sums to memory and back.
@@ -61,15 +61,17 @@ void tile_product(const float *a, const float *b, int64_t depth, Vec *c, bool ad
             word += UNROLLED, b += UNROLLED * VECTORS * LANES;
         } while (word < end);
     }
-    unroll<VECTORS>([&](auto v) {
-        unroll<ROWS>([&](auto m) {
+    // Inside this function: another one would need the address of the sums, which would then be in memory.
+    unroll<VECTORS>([&](auto v) __attribute__((always_inline)) {
+        unroll<ROWS>([&](auto m) __attribute__((always_inline)) {
             Vec &to = c[v * ROWS + m];
-            to = add ? to + sum[m][v] : sum[m][v];
+            const Vec value = value_of(sum[m][v], scales + m, b + v * LANES, VECTORS * LANES);
+            to = add ? to + value : value;
         });
     });
 }
 
-typedef void (*TileProduct)(const float *a, const float *b, int64_t depth, Vec *c, bool add, Fetch later);
+typedef void (*TileProduct)(const float *a, const float *b, int64_t depth, const Vec *scales, Vec *c, bool add, Fetch later);
 
 // The function for each number of rows (from 1) and vectors.
 struct TileProducts {

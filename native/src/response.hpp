@@ -52,8 +52,8 @@ struct Responses {
         hidden = carver.take<Vec>(pixels * groups);
         squares = carver.take<Vec>(parting.all() * groups);
         factors = carver.take<Vec>(parting.images * groups);
-        x = carver.take<Vec>(shared ? pixels * words_for(packed.inputs) : 0);
-        scaled = carver.take<Vec>(shared ? pixels * words_for(packed.hidden) : 0);
+        x = carver.take<Vec>(shared ? pixels * (words_for(packed.inputs) + SCALE_VECTORS) : 0);
+        scaled = carver.take<Vec>(shared ? pixels * Weights(packed).unit_words(packed.hidden) : 0);
         y = carver.take<Vec>(shared ? pixels * vectors_for(packed.outputs) : 0);
     }
 
@@ -148,7 +148,7 @@ class RespondingPointwise : protected Pointwise {
         for (int64_t g = 0; g < groups; g++) factors[g] = weight[g] * (factors[g] * inverse) + 1.0f;
     }
 
-    // Copies a chunk of hidden units, times their factors, to `to`, in which it begins with `group`.
+    // Makes factors of products of a chunk of hidden units, times their factors, in `to`, where they begin with `group`.
     void scale(int64_t part, int64_t chunk, const Stack &to, int64_t group) const {
         const Stack from = hidden_of(part);
         const int64_t begin = first_vector(chunk), count = vectors_for(weights_.chunks.in(chunk));
@@ -157,14 +157,18 @@ class RespondingPointwise : protected Pointwise {
             const int64_t rows = from.rows(t);
             const Vec *source = from.tile(t) + begin * rows;
             Vec *target = to.tile(t) + group * rows;
+            for (int64_t v = 0; SCALED && v < count; v++)
+                for (int64_t row = 0; row < rows; row++) from.tile(t)[(begin + v) * rows + row] *= factors[v];
+            if (SCALED) continue;
             for (int64_t v = 0; v < count; v += WORD)
                 for (int64_t row = 0; row < rows; row++) {
                     Vec scaled[WORD];
                     for (int64_t i = 0; i < WORD; i++)
                         scaled[i] = v + i < count ? source[(v + i) * rows + row] * factors[v + i] : Vec{};
-                    target[v / WORD * rows + row] = words_of(scaled);
+                    target[v / WORD * rows + row] = Rounding().words_of(scaled);
                 }
         }
+        if (SCALED) scale_units(from, begin, chunk, to, group);
     }
 
     void second_half(int64_t part) {
@@ -178,8 +182,8 @@ class RespondingPointwise : protected Pointwise {
         unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first_pixel(part), second_bias());
     }
 
-    Stack shared_x(int64_t part) const { return part_of(memory_.x, part, words_for(packed_.inputs)); }
-    Stack shared_scaled(int64_t part) const { return part_of(memory_.scaled, part, words_for(packed_.hidden)); }
+    Stack shared_x(int64_t part) const { return part_of(memory_.x, part, words_for(packed_.inputs) + SCALE_VECTORS); }
+    Stack shared_scaled(int64_t part) const { return part_of(memory_.scaled, part, weights_.unit_words(packed_.hidden)); }
 
     void pack_part(int64_t part) {
         Carver carver{own_block()};
@@ -206,9 +210,6 @@ class RespondingPointwise : protected Pointwise {
                           first_pixel(part), second_bias());
         }
     }
-
-    // Among all hidden units in float32, the vector with which a chunk begins.
-    int64_t first_vector(int64_t chunk) const { return weights_.chunks.begin(chunk) / LANES; }
 
     Parting parting_;
     const int64_t images_;

@@ -3,6 +3,7 @@
 
 #include "pack.hpp"
 #include "product.hpp"
+#include "rounding.hpp"
 #include "widekernel.h"
 
 namespace wk {
@@ -98,7 +99,7 @@ template <int D = LANES / 2> WK_INLINE float sum_of_lanes(const Vec &value) {
 }
 
 // Layer norm over the channels of a pixel. The second pass also measures how far the mean of the first one is off: beside a large
-// mean, its rounding would count. Lanes beyond the channels become finite numbers, unless a channel is not finite.
+// mean, its rounding would count. Lanes beyond the channels become zero, unless a channel is not finite.
 inline void normalize(const Slot &slot, int64_t channels, float eps) {
     const int64_t groups = ceil_div(channels, LANES);
     const Bits last = lanes_below(static_cast<int>(channels - (groups - 1) * LANES));
@@ -118,6 +119,8 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
         Vec &value = slot.at[g * slot.step];
         value = value * factor - shift;
     }
+    Vec &end = slot.at[(groups - 1) * slot.step];
+    end = (Vec)((Bits)end & last);
 }
 
 // Multiplies the channels of a pixel by `factors`.
@@ -126,13 +129,17 @@ inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
         slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
 }
 
-// Makes words of the channels of a pixel.
+// Makes words of the channels of a pixel, and, if they are scaled, the vector that says how.
 inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    Rounding rounding;
+    for (int64_t v = 0; SCALED && v < vectors; v++) rounding.see(from.at[v * from.step]);
+    rounding.decide();
     for (int64_t v = 0; v < vectors; v += WORD) {
         Vec channels[WORD];
         for (int64_t i = 0; i < WORD; i++) channels[i] = v + i < vectors ? from.at[(v + i) * from.step] : Vec{};
-        to.at[v / WORD * to.step] = words_of(channels);
+        to.at[v / WORD * to.step] = rounding.words_of(channels);
     }
+    if constexpr (SCALED) to.at[ceil_div(vectors, WORD) * to.step] = rounding.as_vector();
 }
 
 // `count` numbers of a channel, at distance 1 or 2; `readable` floats may be read.

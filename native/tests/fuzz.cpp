@@ -622,20 +622,44 @@ double activated(double value, int32_t activation) {
 
 // The types of factors that the library has for this instruction set, one of them at random.
 int32_t random_type(Random &random) {
-    return random.often() && !library.why_no_products(WK_BFLOAT16) ? WK_BFLOAT16 : WK_FLOAT32;
+    const int32_t types[] = {WK_FLOAT32, WK_BFLOAT16, WK_INT8}, type = types[random.integer(0, 2)];
+    return library.why_no_products(type) ? WK_FLOAT32 : type;
 }
 
-// A factor of a product of that type.
-double factor_of(double value, int32_t type) { return type == WK_FLOAT32 ? value : rounded(value, FORMATS[type]); }
-
-std::vector<float> factors_of(std::vector<float> values, int32_t type) {
-    for (float &value : values) value = static_cast<float>(factor_of(value, type));
-    return values;
+// Replaces the channels of a pixel, `count` of them, by the factors of a product of that type.
+void make_factors(double *pixel, int64_t count, int32_t type) {
+    if (type == WK_BFLOAT16)
+        for (int64_t i = 0; i < count; i++) pixel[i] = rounded(pixel[i], FORMATS[type]);
+    if (type != WK_INT8) return;
+    double low = 0, high = 0;
+    for (int64_t i = 0; i < count; i++) low = std::min(low, pixel[i]), high = std::max(high, pixel[i]);
+    const double scale = (high - low) / 255;
+    if (scale < 1e-30) {
+        std::fill_n(pixel, count, 0.0);
+        return;
+    }
+    const double zero = std::nearbyint(-low / scale);
+    for (int64_t i = 0; i < count; i++)
+        pixel[i] = (std::min(std::max(std::nearbyint(pixel[i] / scale + zero), 0.0), 255.0) - zero) * scale;
 }
 
-// Rounding errors relative to sums of absolute products; `products` in turn. Two factors are rounded to 8 bits.
+// The factors that stand for weights, of which each output has a row.
+std::vector<float> weight_factors(std::vector<float> weights, int64_t row, int32_t type) {
+    if (type == WK_BFLOAT16)
+        for (float &value : weights) value = static_cast<float>(rounded(value, FORMATS[type]));
+    for (size_t begin = 0; type == WK_INT8 && begin < weights.size(); begin += static_cast<size_t>(row)) {
+        float largest = 0;
+        for (int64_t i = 0; i < row; i++) largest = std::max(largest, std::abs(weights[begin + i]));
+        const float scale = largest / 127;
+        for (int64_t i = 0; i < row; i++) weights[begin + i] = scale < 1e-30f ? 0 : std::nearbyint(weights[begin + i] / scale) * scale;
+    }
+    return weights;
+}
+
+// Rounding errors relative to sums of absolute products; `products` in turn. Two factors are rounded to 8 bits. In int8, a factor
+// near a tie may differ by a step, of which there are 255 in the range of a pixel.
 double limit_of_products(int32_t type, double in_float32, int products) {
-    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, -7);
+    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, type == WK_INT8 ? -6 : -7);
 }
 
 // Subtracts the mean, and divides by the standard deviation; returns the latter.
@@ -702,27 +726,31 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
     succeed(library.pointwise_run(packed, &call), name);
     library.pointwise_free(packed);
 
-    // Factors of the first product: pixels times factors, normalized and rounded.
+    // Inputs of the first product: pixels times factors, normalized.
     std::vector<double> prepared(values.size()), pixel(inputs);
     for (int64_t n = 0; n < in.images; n++)
         for (int64_t at = 0; at < in.area(); at++) {
             for (int32_t c = 0; c < inputs; c++)
                 pixel[c] = values[(n * inputs + c) * in.area() + at] * (call.factors ? factors[n * inputs + c] : 1);
             if (normalize) normalized(pixel, weights.eps);
-            for (int32_t c = 0; c < inputs; c++) prepared[(n * inputs + c) * in.area() + at] = factor_of(pixel[c], type);
+            for (int32_t c = 0; c < inputs; c++) prepared[(n * inputs + c) * in.area() + at] = pixel[c];
         }
-    std::vector<double> want(static_cast<size_t>(out.elements())), units(hidden), sizes(hidden);
+    const std::vector<float> firsts = weight_factors(first, depth, type), seconds = weight_factors(second, hidden, type);
+    std::vector<double> want(static_cast<size_t>(out.elements())), units(hidden), sizes(hidden), numbers(depth);
     double weight = 0;
     for (int64_t n = 0; n < in.images; n++)
         for (int64_t at = 0; at < out.area(); at++) {
             const int64_t top = at / out.width * down - patch.top, left = at % out.width * right - patch.left;
+            for (int64_t k = 0; k < depth; k++) {
+                const int64_t c = k / taps, row = top + k % taps / columns, column = left + k % columns;
+                const bool inside = row >= 0 && row < in.height && column >= 0 && column < in.width;
+                numbers[k] = inside ? prepared[(n * inputs + c) * in.area() + row * in.width + column] : 0;
+            }
+            make_factors(numbers.data(), depth, type);
             for (int32_t h = 0; h < hidden; h++) {
                 units[h] = weights.first_bias ? first_bias[h] : 0, sizes[h] = std::abs(units[h]);
                 for (int64_t k = 0; k < depth; k++) {
-                    const int64_t c = k / taps, row = top + k % taps / columns, column = left + k % columns;
-                    if (row < 0 || row >= in.height || column < 0 || column >= in.width) continue;
-                    const double x_factor = prepared[(n * inputs + c) * in.area() + row * in.width + column];
-                    const double product = factor_of(first[h * depth + k], type) * x_factor;
+                    const double product = firsts[h * depth + k] * numbers[k];
                     units[h] += product, sizes[h] += std::abs(product);
                 }
             }
@@ -737,11 +765,12 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
                 }
                 units[h] = activated(units[h], weights.activation);
             }
+            if (pair) make_factors(units.data(), hidden, type);
             for (int32_t o = 0; o < last; o++) {
                 double sum = pair ? (weights.second_bias ? second_bias[o] : 0) : units[o], size = pair ? std::abs(sum) : sizes[o];
                 for (int32_t h = 0; pair && h < hidden; h++) {
-                    const double times = factor_of(second[o * hidden + h], type);
-                    sum += times * factor_of(units[h], type), size += std::abs(times) * sizes[h];
+                    const double times = seconds[o * hidden + h];
+                    sum += times * units[h], size += std::abs(times) * sizes[h];
                 }
                 const auto place = static_cast<size_t>((n * last + o) * out.area() + at);
                 want[place] = sum + (adds ? added[place] : 0);
@@ -813,7 +842,7 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
     succeed(library.pointwise_run(packed, &call), name);
     library.pointwise_free(packed);
 
-    const std::vector<float> firsts = factors_of(first, type), seconds = factors_of(second, type);
+    const std::vector<float> firsts = weight_factors(first, channels, type), seconds = weight_factors(second, hidden, type);
     std::vector<double> opened(factors.size()), want(static_cast<size_t>(out.elements()));
     double widest = 0, weight = 0, size;
     for (int64_t n = 0; n < in.images; n++) {
@@ -830,7 +859,8 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
         double largest = 0, mean = 0;
         for (int64_t at = 0; at < area; at++) {
             for (int32_t c = 0; c < channels; c++)
-                pixel[c] = factor_of(values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)], type);
+                pixel[c] = values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)];
+            make_factors(pixel.data(), channels, type);
             for (int32_t h = 0; h < hidden; h++) {
                 const double unit = activated(row_product(firsts, h, weights.first_bias, pixel.data(), channels, size), weights.activation);
                 units[at * hidden + h] = unit, sizes[h] += unit * unit, largest = std::max(largest, size);
@@ -841,8 +871,9 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
         for (int32_t h = 0; h < hidden; h++) {
             const double factor = 1 + response[h] * sizes[h] / (mean + weights.response_eps);
             strongest = std::max(strongest, std::abs(factor) + 1);
-            for (int64_t at = 0; at < area; at++) units[at * hidden + h] = factor_of(units[at * hidden + h] * factor, type);
+            for (int64_t at = 0; at < area; at++) units[at * hidden + h] *= factor;
         }
+        for (int64_t at = 0; at < area; at++) make_factors(&units[at * hidden], hidden, type);
         for (int64_t at = 0; at < area; at++)
             for (int32_t o = 0; o < outputs; o++) {
                 want[(n * outputs + o) * area + at] = row_product(seconds, o, nullptr, &units[at * hidden], hidden, size);

@@ -1,4 +1,4 @@
-"""Benchmarks in bfloat16 on the CPU: rows of networks and products, deviations, and what is refused."""
+"""Benchmarks in bfloat16 and int8 on the CPU: rows of networks and products, deviations, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from widekernel import ops
 from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, lower_precision, products, rivals, variants
 from widekernel.bench.lower_precision import measure_lower_networks, precision_columns
-from widekernel.bench.precision import BFLOAT16, FLOAT32
+from widekernel.bench.precision import BFLOAT16, FLOAT32, INT8, Precision
 from widekernel.bench.products import ProductCase, measure_products
 from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.cli.main import main
@@ -26,9 +26,11 @@ pytestmark = pytest.mark.usefixtures("untimed")
 needs_products = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 
 
-def measured(model: nn.Module, cpu: Platform, budget: TimeBudget | None = None, **settings) -> list[PrecisionNetworkRow]:
+def measured(
+    model: nn.Module, cpu: Platform, budget: TimeBudget | None = None, precision: Precision = BFLOAT16, **settings
+) -> list[PrecisionNetworkRow]:
     plan = NetworkPlan({"it": lambda: (model, 64)}, [2], rounds=1, **settings)
-    return list(measure_lower_networks(plan, cpu, budget or TimeBudget()))
+    return list(measure_lower_networks(plan, cpu, budget or TimeBudget(), precision=precision))
 
 
 @needs_products
@@ -131,10 +133,14 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["models", "slak_nano"], "modes is 'train,infer', but must be infer with --dtypes bfloat16 on the CPU"),
         (["models", "slak_nano", "--modes", "infer", "--compile"], "compile is True, but must be left out"),
         (["ops"], "dtypes is 'bfloat16', but must be float32 on the CPU"),
+        (["ops", "--dtypes", "int8"], "dtypes has 'int8'"),
+        (["pointwise", "--dtypes", "int8"], "dtypes has 'int8'"),
+        (["models", "slak_nano", "--dtypes", "int8"], "must be infer with --dtypes int8 on the CPU"),
+        (["models", "slak_nano", "--dtypes", "int8,float32"], "must be float32, bfloat16 or int8 on the CPU"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["bench", *arguments, "--dtypes", "bfloat16"]) == 2
+    assert main(["bench", *arguments, *([] if "--dtypes" in arguments else ["--dtypes", "bfloat16"])]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -145,3 +151,31 @@ def test_machines_without_it(cpu: Platform) -> None:
     if LACKING is not None:
         with pytest.raises(ArgumentError, match="use 'float32'"):
             measured(timm.create_model("slak_nano"), cpu)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(reason_against("int8") is not None, reason=str(reason_against("int8")))
+def test_int8(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rivals, OpenVINO alone is asked for int8; blocks that are not suitable remain in float32."""
+    asked = []
+
+    def network_in(rival: str, network: nn.Module, images: Tensor, precision: str):
+        asked.append((rival, precision))
+        return network
+
+    monkeypatch.setattr(variants, "network_in", network_in)
+    model, wanted = timm.create_model("slak_nano", num_classes=5), [rivals.OPENVINO, rivals.ZENTORCH]
+    with ops.trace() as ran:
+        rows = measured(model, cpu, precision=INT8, rivals=wanted)
+    assert "int8" in {call.precision for call in ran.fused} <= {"float32", "int8"}
+    lower = [(row.variant, row.layout) for row in rows if row.precision == "int8"]
+    assert lower == [("ours, fused, int8", "NCHW"), ("ours, fused, int8", "NHWC"), ("OpenVINO, int8", "NCHW")]
+    assert all(1e-3 < row.error < 0.1 for row in rows if row.variant == "ours, fused, int8")
+    assert [rival for rival, precision in asked if precision == "int8"] == [rivals.OPENVINO]
+
+
+def test_openvino_in_int8_needs_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda package: None if package == "nncf" else object())
+    assert rivals.reason_against(rivals.OPENVINO) == ""
+    assert rivals.reason_against(rivals.OPENVINO, "int8") == "not installed (nncf)"
+    assert rivals.reason_against(rivals.ONNXRUNTIME, "int8") == ""

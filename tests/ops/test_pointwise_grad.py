@@ -51,7 +51,8 @@ def test_equals_the_definition_in_float64(
     with ops.trace() as trace:
         got = OPERATOR(x, grad, bias)
     assert [(call.backend, call.shape, call.outputs) for call in trace.pointwise_grads] == [("native", x.shape, outputs)]
-    # The bound of a sum of n products in any order, n · 2⁻²⁴ · Σ|x·g|: repeated values round the same way, and their errors add up.
+    # The bound of a sum of n products in any order, n · 2⁻²⁴ · Σ|x·g|: equal products
+    # round the same way, so that their errors add up.
     most = plain_pointwise_weight_grad(x.double().abs(), grad.double().abs(), bias)
     for value, want, sum_of_magnitudes in zip(got, plain_pointwise_weight_grad(x.double(), grad.double(), bias), most):
         assert ((value.double() - want).abs() <= images * height * width * 2**-24 * sum_of_magnitudes).all()

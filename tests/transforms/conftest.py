@@ -34,9 +34,9 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def packs_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without native products in bfloat16, blocks are computed by their definition."""
-    if packing.missing("bfloat16") is not None:
+def packs_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without native products in a lower precision, blocks are computed by their definition."""
+    if packing.missing("bfloat16") is not None or packing.missing("int8") is not None:
         for module in (fused, swapping):
             monkeypatch.setattr(module, "missing", lambda _="": None)
         monkeypatch.setattr(fused, "pack", lambda weights, precision: ReferenceBlock(*weights, precision))

@@ -26,7 +26,7 @@ from widekernel.transforms.acceleration.fusion import fused as module_of_fused
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.outputs import OutputDeviation
 
-pytestmark = pytest.mark.usefixtures("always_faster", "packs", "packs_bfloat16")
+pytestmark = pytest.mark.usefixtures("always_faster", "packs", "packs_lower")
 
 
 def lowered(model: nn.Module, x: Any) -> tuple[Any, AccelerationReport]:

@@ -18,7 +18,7 @@ from widekernel.transforms.acceleration import swapping
 from widekernel.transforms.acceleration.fusion import FusedBlock
 from widekernel.transforms.acceleration.fusion import fused as module_of_fused
 
-pytestmark = pytest.mark.usefixtures("always_faster", "packs", "packs_bfloat16")
+pytestmark = pytest.mark.usefixtures("always_faster", "packs", "packs_lower")
 
 
 def image() -> Tensor:

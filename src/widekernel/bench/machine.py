@@ -42,6 +42,7 @@ class Machine:
         waiting: how threads wait for work, according to the environment.
         freed: what the allocator does with freed memory.
         bfloat16_peak: multiply-adds of bfloat16 of all threads together, in GFLOP/s; None if there are no such products.
+        int8_peak: the same of int8.
     """
 
     cpu: str
@@ -56,10 +57,12 @@ class Machine:
     waiting: str
     freed: str
     bfloat16_peak: float | None = None
+    int8_peak: float | None = None
 
     def lines(self) -> list[str]:
         """Describe the machine, one line per fact."""
-        lower = "" if self.bfloat16_peak is None else f"; in bfloat16: {self.bfloat16_peak:.0f}"
+        peaks = {"bfloat16": self.bfloat16_peak, "int8": self.int8_peak}
+        lower = "".join(f"; in {name}: {peak:.0f}" for name, peak in peaks.items() if peak is not None)
         return [
             f"CPU: {self.cpu}, {self.cores} cores, {self.threads} threads used, PyTorch uses {self.capability}",
             f"native library: {self.native}",
@@ -87,6 +90,7 @@ def measure_machine() -> Machine:
         waiting=os.environ.get("OMP_WAIT_POLICY", "not set"),
         freed=freed_memory(),
         bfloat16_peak=_product_peak("bfloat16", threads),
+        int8_peak=_product_peak("int8", threads),
     )
 
 

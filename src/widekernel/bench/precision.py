@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -52,17 +52,25 @@ TF32 = Precision("tf32", torch.float32, 2e-3, "high")
 FLOAT16 = Precision("float16", torch.float16, 4e-3)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, 1.6e-2)
 
+INT8 = Precision("int8", torch.int8, 0.1)
+"""Factors of products in inference on a CPU; no tensor has this type."""
+
 PRECISIONS = {precision.name: precision for precision in (BFLOAT16, TF32, FLOAT16, FLOAT32)}
 """The precisions in the order in which they are timed: the most common first, because time may run out."""
 
 
-def parse_precisions(text: str) -> list[Precision]:
+def parse_precisions(text: str, more: Sequence[Precision] = ()) -> list[Precision]:
     """Parse names separated by commas; return the precisions in the order of `PRECISIONS`.
+
+    Args:
+        text: the names.
+        more: precisions that are known besides `PRECISIONS`.
 
     Raises:
         ArgumentError: if a name is unknown.
     """
-    return [PRECISIONS[name] for name in parse_names("dtypes", text, PRECISIONS)]
+    known = PRECISIONS | {precision.name: precision for precision in more}
+    return [known[name] for name in parse_names("dtypes", text, known)]
 
 
 @contextmanager

@@ -32,13 +32,15 @@ _NEEDS: dict[str, Sequence[str]] = {
     COMPILED: (),
     ZENTORCH: ("zentorch", "deprecated"),
 }
-WITH_BFLOAT16 = (OPENVINO, COMPILED, ZENTORCH)
-"""Those that can compute in bfloat16 on a CPU."""
+WITH: dict[str, Sequence[str]] = {"bfloat16": (OPENVINO, COMPILED, ZENTORCH), "int8": (OPENVINO,)}
+"""Those that can compute in a lower precision on a CPU."""
+_CALIBRATED = 8  # random images from which the ranges of numbers in int8 follow
 
 
-def reason_against(rival: str) -> str:
+def reason_against(rival: str, precision: str = "float32") -> str:
     """Return why `rival` cannot run here; "" if it can. Packages that extend PyTorch are imported to find out."""
-    lacking = [package for package in _NEEDS[rival] if importlib.util.find_spec(package) is None]
+    needs = [*_NEEDS[rival], *(["nncf"] if (rival, precision) == (OPENVINO, "int8") else [])]
+    lacking = [package for package in needs if importlib.util.find_spec(package) is None]
     if lacking:
         return f"not installed ({', '.join(lacking)})"
     if rival in (COMPILED, ZENTORCH) and not _compilers():
@@ -71,8 +73,9 @@ def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = 
         rival: one of `RIVALS` that can run.
         network: the network in evaluation mode, on PyTorch's own operators.
         images: (N, C, H, W), in one of `layouts_of` the rival.
-        precision: `float32`, or `bfloat16` if the program is one of `WITH_BFLOAT16`. Those that compile get a network and
-            images of that type, OpenVINO float32.
+        precision: `float32`, or one in which the program can compute, according to `WITH`. Those that compile get a network
+            and images of that type, OpenVINO float32. In int8, NNCF quantizes the network from random images, and the rest
+            is float32.
 
     Raises:
         BenchmarkError: if the program does not compute in that precision on this machine.
@@ -111,11 +114,23 @@ def _onnxruntime(network: nn.Module, images: Tensor) -> Callable[[Tensor], Tenso
 def _openvino(network: nn.Module, images: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
     openvino: Any = importlib.import_module("openvino")
     model = openvino.convert_model(network, example_input=images, input=[openvino.PartialShape(list(images.shape))])
+    if precision == "int8":
+        model = _quantized(model, images)
     # Otherwise it computes in bfloat16 if the processor supports it.
-    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    hint = "bf16" if precision == "bfloat16" else "f32"
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     program = openvino.Core().compile_model(model, "CPU", settings)
     used = program.get_property("INFERENCE_PRECISION_HINT")
-    if used != {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]:
+    if used != (openvino.Type.bf16 if precision == "bfloat16" else openvino.Type.f32):
         raise BenchmarkError(f"OpenVINO computes in {used.to_string()} on this machine, not in {precision}; leave it out.")
     return lambda x: torch.from_numpy(program(x.numpy())[0].copy())
+
+
+def _quantized(model: Any, images: Tensor) -> Any:
+    nncf: Any = importlib.import_module("nncf")
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(images.shape, generator=generator).numpy() for _ in range(-(-_CALIBRATED // len(images)))]
+    quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+    if not any(operation.get_type_name() == "FakeQuantize" for operation in quantized.get_ops()):
+        raise BenchmarkError("NNCF has quantized nothing in the network; leave out OpenVINO in int8.")
+    return quantized

@@ -129,13 +129,13 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench import check_operator, lower_precision, notes, tables
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
-    from widekernel.bench.precision import BFLOAT16, FLOAT32
+    from widekernel.bench.precision import BFLOAT16, FLOAT32, INT8
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
-    lower = accelerator is None and values["dtypes"] == [BFLOAT16] and not values["pieces"]
+    lower = accelerator is None and values["dtypes"] in ([BFLOAT16], [INT8]) and not values["pieces"]
     if lower:
-        lower_precision.check_settings(values["modes"], values["compile"])
+        lower_precision.check_settings(values["modes"], values["compile"], *values["dtypes"])
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
@@ -148,13 +148,14 @@ def _bench_models(arguments: list[str]) -> int:
     networks = {name: partial(build_network, name) for name in names}
     if values["pieces"]:
         return _bench_pieces(values, files, accelerator, networks, batches, command_line("models", arguments))
-    rivals, remarks = _rivals(values["rivals"], accelerator)
+    rivals, remarks = _rivals(values["rivals"], accelerator, [precision.name for precision in values["dtypes"]])
     for remark in remarks:
         progress_console().print(remark, soft_wrap=True)
     plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given, rivals=rivals)
     run = Run(values, files, accelerator, len(names))
     if lower:
-        rows = run.measure(partial(lower_precision.measure_lower_networks, plan), check_operator)
+        measure = partial(lower_precision.measure_lower_networks, plan, precision=values["dtypes"][0])
+        rows = run.measure(measure, check_operator)
         columns, about = lower_precision.precision_columns(rows), lower_precision.NOTES
     else:
         rows = run.measure(partial(measure_networks, plan), check_operator)
@@ -262,7 +263,8 @@ def _models_parser() -> jsonargparse.ArgumentParser:
         "--batch", type=str | None, default=None, help="images in a call, such as 1,8; default 4, on CUDA 64,128"
     )
     dtypes = (
-        f"{_DTYPES}, on CUDA 16 bits by autocast, on the CPU bfloat16 for inference; default: bfloat16, float32 on the CPU"
+        f"{_DTYPES}, on CUDA 16 bits by autocast, on the CPU bfloat16 or int8 for inference; default: bfloat16, float32 on "
+        "the CPU"
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
@@ -316,15 +318,17 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
         the files to write, and the device (None for the CPU).
     """
     from widekernel.bench import devices
-    from widekernel.bench.precision import BFLOAT16, FLOAT32, parse_precisions
+    from widekernel.bench.precision import BFLOAT16, FLOAT32, INT8, parse_precisions
 
     for key in ("threads", "rounds", "seconds", "minutes"):
         require(values[key] is None or values[key] > 0, key, values[key], "positive")
     given = values["dtypes"]
-    values["dtypes"] = [] if given is None else parse_precisions(given)
-    if values["device"] == "cpu":
+    on_cpu = values["device"] == "cpu"
+    values["dtypes"] = [] if given is None else parse_precisions(given, [INT8] if on_cpu and kind == "models" else [])
+    if on_cpu:
         known = [[], [FLOAT32], *([[BFLOAT16]] if kind in ("models", "pointwise") else [])]
-        allowed = "float32 or bfloat16" if len(known) > 2 else "float32"
+        known += [[INT8]] if kind == "models" else []
+        allowed = {2: "float32", 3: "float32 or bfloat16", 4: "float32, bfloat16 or int8"}[len(known)]
         require(values["dtypes"] in known, "dtypes", given, f"{allowed} on the CPU; others are for --device cuda")
         require(values["minutes"] is None, "minutes", values["minutes"], "left out on the CPU, where no run has a budget")
     if values["seconds"] is None:
@@ -333,8 +337,13 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
     return files_of(values), devices.accelerator(values["device"])
 
 
-def _rivals(text: str | None, accelerator: Accelerator | None) -> tuple[list[str], list[str]]:
+def _rivals(text: str | None, accelerator: Accelerator | None, precisions: list[str]) -> tuple[list[str], list[str]]:
     """Return the programs to time, and a remark on each one of `all` that cannot run.
+
+    Args:
+        text: the option.
+        accelerator: None for the CPU.
+        precisions: one that is timed besides float32, or none.
 
     Raises:
         ConfigError: if one is named that cannot run.
@@ -346,7 +355,7 @@ def _rivals(text: str | None, accelerator: Accelerator | None) -> tuple[list[str
     require(accelerator is None, "rivals", text, "left out with --device cuda: other programs are timed on the CPU")
     known = {rival.lower(): rival for rival in rivals.RIVALS}
     wanted = list(known.values()) if text == "all" else [known[name] for name in parse_names("rivals", text, tuple(known))]
-    reasons = {rival: rivals.reason_against(rival) for rival in wanted}
+    reasons = {rival: rivals.reason_against(rival, *precisions) for rival in wanted}
     remarks = [f"{rival} is left out: {why}" for rival, why in reasons.items() if why]
     require(text == "all" or not remarks, "rivals", text, f"those that can run ({'; '.join(remarks)})")
     return [rival for rival in wanted if not reasons[rival]], remarks

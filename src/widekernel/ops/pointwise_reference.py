@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +28,47 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     return torch.where(x.abs() < torch.finfo(torch.bfloat16).tiny, 0.0, x.bfloat16().to(x.dtype))
 
 
+def weights_in_int8(weight: Tensor) -> Tensor:
+    """Return the numbers that weights (O, ...) stand for in int8: n · scale with a whole n from -127 to 127.
+
+    The scale of an output is the largest absolute value of its weights, divided by 127.
+    """
+    rows = weight.flatten(1)
+    scale = _scale(rows.abs().amax(1, keepdim=True) / 127)
+    return (_divided(rows, scale).round() * scale).view_as(weight)
+
+
+def pixels_in_int8(x: Tensor) -> Tensor:
+    """Return the numbers that channels (..., C) stand for in int8: scale · (n - zero) with a whole n from 0 to 255.
+
+    The range of the channels of a pixel, and 0, has 255 steps of the size `scale`; `zero` is a whole number, so 0 is exact.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = _scale((high - low) / 255)
+    zero = _divided(-low, scale).round()
+    return ((_divided(x, scale) + zero).round().clamp(0, 255) - zero) * scale
+
+
+def units_in_int8(x: Tensor) -> Tensor:
+    """Return the numbers that hidden units (..., H) stand for in int8: chunks of them are scaled like pixels.
+
+    The chunks are equal ones of up to 512 units that are multiples of 64, as few as possible; the last one may be smaller.
+    """
+    units = x.shape[-1]
+    chunks = math.ceil(units / 512)
+    size = math.ceil(math.ceil(units / chunks) / 64) * 64
+    return torch.cat([pixels_in_int8(chunk) for chunk in x.split(size, -1)], -1)
+
+
+def _scale(scale: Tensor) -> Tensor:
+    """Replace negligible scales by 0 and infinite ones by NaN."""
+    return torch.where(scale < 1e-30, 0.0, torch.where(scale.isfinite(), scale, torch.nan))
+
+
+def _divided(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, x / scale)
+
+
 class ReferenceBlock:
     """y = residual + second · response(act(after(first · norm(x · gate(x)) + first_bias))) + second_bias, for every pixel.
 
@@ -44,8 +86,8 @@ class ReferenceBlock:
         response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
         response_eps: its epsilon.
         gate: the arguments of `gate` after `x`; None for no gate.
-        precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
-            in float64 stand for float32 in exact arithmetic.
+        precision: type of the factors of both products, `float32`, `bfloat16` or `int8`; everything else has the type of x.
+            Tensors in float64 stand for float32 in exact arithmetic.
     """
 
     def __init__(
@@ -82,23 +124,31 @@ class ReferenceBlock:
         y = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         if self.norm_eps is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)
-        y = self._product(y, self.first, self.first_bias) if self.patch is None else self._convolution(y, self.patch)
+        y = self._first(y) if self.patch is None else self._convolution(y, self.patch)
         if self.after is not None:
             y = F.layer_norm(y, y.shape[-1:], self.after.scale, self.after.shift, self.after.eps)
         y = ACTIVATIONS[self.activation](y)
         if self.response is not None:
             y = response_norm(y if x.dim() == 4 else y[None, None], self.response, self.response_eps).view_as(y)
         if self.second is not None:
-            y = self._product(y, self.second, self.second_bias)
+            units = units_in_int8(y) if self.precision == "int8" else rounded(y, self.precision)
+            y = F.linear(units, self._weights(self.second), self.second_bias)
         y = y.permute(0, 3, 1, 2) if x.dim() == 4 else y
         return y if residual is None else residual + y
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(rounded(x, self.precision), rounded(weight, self.precision), bias)
+    def _first(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., H); C may be the numbers of a patch."""
+        factors = pixels_in_int8(x) if self.precision == "int8" else rounded(x, self.precision)
+        return F.linear(factors, self._weights(self.first).flatten(1), self.first_bias)
 
     def _convolution(self, x: Tensor, patch: Patch) -> Tensor:
-        images, weight = rounded(x.permute(0, 3, 1, 2), self.precision), rounded(self.first, self.precision)
-        return F.conv2d(images, weight, self.first_bias, patch.stride, patch.padding).permute(0, 2, 3, 1)
+        """(N, H, W, C) -> (N, H', W', hidden units)."""
+        images = x.permute(0, 3, 1, 2)
+        patches = F.unfold(images, patch.kernel, padding=patch.padding, stride=patch.stride).transpose(1, 2)
+        return self._first(patches).unflatten(1, patch.size(*images.shape[2:]))
+
+    def _weights(self, weight: Tensor) -> Tensor:
+        return weights_in_int8(weight) if self.precision == "int8" else rounded(weight, self.precision)
 
 
 def response_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -346,7 +346,7 @@ def test_what_the_c_interface_refuses() -> None:
         return calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed))
 
     bad: list[dict[str, object]] = [{"inputs": 0}, {"hidden": -1}, {"outputs": -1}, {"activation": 4}, {"activation": -1}]
-    bad += [{"type": -1}, {"type": 3}]
+    bad += [{"type": -1}, {"type": 4}]
     for changes in [*bad, {"eps": -1.0}, {"eps": float("nan")}, {"first": None}, {"second": None}]:
         assert pack(**changes) == library.BAD_ARGUMENT
         assert packed.value is None

@@ -27,7 +27,7 @@ from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
 """The activations by name: `gelu` is defined by the error function, `gelu_tanh` is the form with a hyperbolic tangent."""
-PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16}
+PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16, "int8": native.INT8}
 """The types of the factors of products by name."""
 
 
@@ -70,6 +70,10 @@ class PackedBlock:
     Products are exact, and their sums, the norms, the activation, biases and residual remain float32, as do all tensors of
     the interface.
 
+    In int8, weights become whole numbers with a scale for each output, and pixels and hidden units bytes with a scale and a
+    zero for each pixel, and for each chunk of up to 512 hidden units, which follow from their range at each call
+    (`ops.pointwise_reference` defines all of it). Sums of products are exact, and everything else is float32, as above.
+
     With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
 
     Args:
@@ -85,7 +89,7 @@ class PackedBlock:
         response: (hidden), the weight of a response norm of the hidden units of each image, as
             `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
         response_eps: epsilon of the response norm.
-        precision: `float32`, or `bfloat16` if the processor has these products.
+        precision: `float32`, or `bfloat16` or `int8` if the processor has these products.
 
     Raises:
         ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or

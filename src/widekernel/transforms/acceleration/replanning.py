@@ -79,7 +79,7 @@ def with_former_plans(outdated: list[Fused], trials: list[BlockTrial], precision
     """Fuse blocks as before that are not fused anew; return the trials, with what has become of these blocks.
 
     A block keeps a plan that does not hold, because the change that prevents its use may be undone, as a hook is removed.
-    It keeps one in float32, whose results are exact. It does not keep one in bfloat16 if float32 is wanted.
+    It keeps one in float32, whose results are exact. It does not keep one in a lower precision if another one is wanted.
     """
     chosen = {layer for trial in trials if trial.plan is not None for layer in trial.plan.layers}
     anew = {trial.block for trial in trials if trial.plan is not None}

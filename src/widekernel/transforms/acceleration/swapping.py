@@ -52,21 +52,21 @@ def accelerate(
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
     later calls are not measured again. Times that differ by less than 5 % count as equal.
 
-    With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products:
-    nearly twice as fast, with results that differ. All else remains float32. The report has the deviation of every block
-    and of the outputs. A block is left alone if it deviates from its original by more than 1.6 % of its largest number.
+    With `precision="bfloat16"` or `"int8"`, the products of fused blocks have factors of that type, on processors with such
+    products: nearly twice or up to three times as fast, with results that differ. All else remains float32. The report has
+    the deviations of blocks and outputs. A block that deviates by more than 1.6 % (int8: 3.1 %) is left alone.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
-        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
-            on it (once, or three times for bfloat16; in evaluation mode, without gradients; its state is restored), and all
-            is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
+        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. It runs on it
+            (once, or three times in a lower precision, in evaluation mode, without gradients; its state is restored), and
+            all is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
             example, depthwise layers are swapped unmeasured, blocks and batch norms are not, and a pointwise layer is
             swapped if that is faster for each of a few inputs typical of its size: the feature maps of that width in a
             network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
         pointwise: whether to consider linear layers and 1x1 convolutions, too.
         blocks: whether to consider blocks, too.
-        precision: type of the factors of products in fused blocks, `float32` or `bfloat16`.
+        precision: type of the factors of products in fused blocks, `float32`, `bfloat16` or `int8`.
 
     Returns:
         the model, and a report on each of these layers and blocks.

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6, "int8": 2**-5}
 """By precision, the largest difference between a fused block and its original, relative to the largest number.
 
 In bfloat16, rounding changes a factor by up to 2⁻⁹, a product by 2⁻⁸, and two products in turn by 2⁻⁷ of the sum of
 absolute values. Rounding errors have different signs, so the difference is usually a fraction of that. It is larger only
-where sums cancel, and there a lower precision is not suitable. This limit does not have to find errors in what is computed,
+where sums cancel, and there a lower precision is not suitable. In int8, rounding changes a factor of a pixel by up to 1/510
+of the range of its channels, and a weight by up to 1/254 of the largest one, and the difference is usually 1 to 1.6 %. It is
+larger where a few channels are much larger than the others. These limits do not have to find errors in what is computed,
 which are excluded in float32.
 """
 

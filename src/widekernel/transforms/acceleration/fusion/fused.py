@@ -32,7 +32,7 @@ class FusedBlock:
 
     Attributes:
         unfused: its own class.
-        fused_precision: the type of the factors of products in native calls, `float32` or `bfloat16`.
+        fused_precision: the type of the factors of products in native calls, `float32`, `bfloat16` or `int8`.
     """
 
     unfused: type[nn.Module]
@@ -138,7 +138,7 @@ def reasons_against_fusing(block: nn.Module, precision: str = "float32") -> list
 
 
 _CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
-_SUFFIXES = {"float32": "", "bfloat16": "InBFloat16"}
+_SUFFIXES = {"float32": "", "bfloat16": "InBFloat16", "int8": "InInt8"}
 
 
 def fused_class(kind: type[nn.Module], precision: str = "float32") -> type[nn.Module]:
