@@ -55,7 +55,8 @@ def unchain(model: nn.Module) -> None:
     """Make sequential containers of the chains in `model`."""
     for module in model.modules():
         if type(module) is FusedChain:
-            module.__class__ = nn.Sequential
+            kind: Any = nn.Sequential
+            module.__class__ = kind
             vars(module).pop(_CHAIN, None)
 
 
