@@ -31,8 +31,8 @@ class Normalized(NamedTuple):
 def reasons_against_batch_norm(x: Tensor) -> list[str]:
     """List why our kernels do not compute a batch norm of this input in training; empty if they do.
 
-    `accelerate` measures where they are faster than PyTorch's. Compilers fuse batch norms with their neighbors, so that under
-    `torch.compile` PyTorch's batch norm runs.
+    `accelerate` measures where they are faster than PyTorch's. Compilers fuse batch norms with their neighbors, so that
+    under `torch.compile` PyTorch's batch norm runs.
     """
     if not is_unobserved_call() or not are_ordinary(x):
         return ["something compiles, traces or transforms the call"]
