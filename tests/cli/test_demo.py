@@ -44,10 +44,12 @@ def test_demo(short, tmp_path, capsys, monkeypatch):
     assert {path.name for path in folder.iterdir()} >= {"dense.safetensors", "folded.safetensors", "demo.png"}
     with Image.open(folder / "demo.png") as picture:
         assert min(picture.size) > 800
+    drawn = []
+    monkeypatch.setattr(demo, "draw", lambda content, path: drawn.append(path))
     assert main(["demo", "--output", str(folder)]) == 0
     second = capsys.readouterr().out
     assert "already finished" in second and "Trained" in first and "Trained" not in second
-    assert accuracies(second) == accuracies(first)
+    assert accuracies(second) == accuracies(first) and drawn == [folder / "demo.png"]
     damage_the_folded_form(monkeypatch)
     assert main(["demo", "--output", str(folder)]) == 2
     assert "must agree" in capsys.readouterr().err

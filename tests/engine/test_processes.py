@@ -28,6 +28,7 @@ from widekernel.engine.processes import Processes, refuse_sharded
 from widekernel.engine.synced_norms import SyncedBatchNorm, SyncedBatchNormAct, convert_batch_norms
 from widekernel.errors import ConfigError
 from widekernel.launch import local
+from widekernel.layers import NativeBatchNorm2d
 from widekernel.layers.norms import affine_of, is_foldable
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -256,10 +257,12 @@ def test_norms_that_cannot_be_synchronized_are_refused() -> None:
     with pytest.raises(ConfigError, match="forward hook"):
         convert_batch_norms(hooked, several)
     shared = nn.BatchNorm2d(2)
-    network = nn.Sequential(shared, BatchNormAct2d(2), shared, nn.ModuleDict({"a": nn.BatchNorm1d(2)}))
+    accelerated = NativeBatchNorm2d(2)
+    network = nn.Sequential(shared, BatchNormAct2d(2), shared, nn.ModuleDict({"a": nn.BatchNorm1d(2)}), accelerated)
     keys = list(network.state_dict())
     converted = convert_batch_norms(network, several)
     assert converted[0] is converted[2] and list(converted.state_dict()) == keys
+    assert type(converted[4]) is SyncedBatchNorm and converted[4].weight is accelerated.weight
     assert type(converted[1]) is SyncedBatchNormAct and not is_foldable(converted[1])
     x = torch.randn(2, 2, 3, 3)
     assert converted.eval()[1](x).min() == 0  # its ReLU

@@ -62,7 +62,8 @@ def test_masked_parameters_of_slak_tiny(golden: Path, rule: str) -> None:
     assert ours == set(theirs)
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 4))])
+@pytest.mark.slow  # the densities alone are in the next test
+@pytest.mark.parametrize("number", range(4))
 def test_erk_densities(golden: Path, number: int) -> None:
     case = read(golden, "dst_erk")["models"][number]
     model = timm.create_model(case["model"], **arguments("SLaK", case["kwargs"]))
@@ -80,12 +81,21 @@ def test_erk_densities(golden: Path, number: int) -> None:
 
 
 def test_erk_of_shapes_alone(golden: Path) -> None:
-    case = read(golden, "dst_erk")["models"][3]
-    model = timm.create_model(case["model"], **arguments("SLaK", case["kwargs"]))
+    cases = read(golden, "dst_erk")["models"]
+    assert len(cases) == 4 and all(
+        (case["model"], case["kwargs"]) == (cases[0]["model"], cases[0]["kwargs"]) for case in cases
+    )
+    model = timm.create_model(cases[0]["model"], **arguments("SLaK", cases[0]["kwargs"]))
+    names = official_names(model)
     shapes = {choice.name: choice.shape for choice in select(model, "all") if choice.masked}
-    found = erk_densities(shapes, case["density"])
     total = sum(np.prod(shape) for shape in shapes.values())
-    assert sum(found[name] * np.prod(shape) for name, shape in shapes.items()) == pytest.approx(case["density"] * total)
+    for case in cases:
+        found = erk_densities(shapes, case["density"])
+        assert sum(found[name] * np.prod(shape) for name, shape in shapes.items()) == pytest.approx(case["density"] * total)
+        ours = {names[name]: density for name, density in found.items()}
+        assert ours.keys() == case["densities"].keys()
+        assert max(abs(ours[name] - density) for name, density in case["densities"].items()) <= 1e-12
+        assert {name for name, density in ours.items() if density == 1} == set(case["fully_dense"])
 
 
 @pytest.mark.parametrize("number", range(3))
