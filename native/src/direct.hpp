@@ -2,6 +2,7 @@
 #pragma once
 
 #include "correlate.hpp"
+#include "few_rows.hpp"
 #include "pack.hpp"
 
 namespace wk {
@@ -37,13 +38,44 @@ struct Direct {
     bool add, margin;
     Vec start;
 
+    // The kernel for a window of few rows; null if the window has too many, or the outputs are too few or not replaced.
+    CorrelateFewRows few_rows() const {
+        if (add || outputs.rows < FEW_HIGH || outputs.columns < FEW_WIDE) return nullptr;
+        return few_rows_kernel<FEW_WIDE, false>(taps.rows);
+    }
+
     void run() const {
-        const Tiles tiles(outputs.columns, taps.columns);
-        for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(tiles, a);
+        if (const CorrelateFewRows kernel = few_rows())
+            rows_of_few(kernel);
+        else
+            for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(a);
     }
 
     // Output rows a … a + MOST_ROWS - 1, as far as there are any.
-    void rows(const Tiles &tiles, int64_t a) const {
+    void rows(int64_t a) const { rows_of_many(Tiles(outputs.columns, taps.columns), a); }
+
+  private:
+    void rows_of_few(CorrelateFewRows kernel) const {
+        FewRows c;
+        c.out_row = out.row, c.out_tile = out.column;
+        c.x_tap = c.x_tile = x.column;
+        c.w = reinterpret_cast<const float *>(window), c.columns = taps.columns;
+        c.start = start, c.relu = c.stream = false;
+        for (int64_t row = 0; row < outputs.rows; row += FEW_HIGH) {
+            const int64_t a = least(row, outputs.rows - FEW_HIGH);
+            c.top = anchor.rows - a, c.bottom = size.rows + anchor.rows - a;
+            for (int64_t v = 0; v < FEW_HIGH + taps.rows - 1; v++) c.rows[v] = x.pixel(a - anchor.rows + v, 0);
+            for (int64_t column = 0; column < outputs.columns; column += FEW_WIDE) {
+                const int64_t b = least(column, outputs.columns - FEW_WIDE);
+                c.x = (b - anchor.columns) * x.column;
+                c.left = anchor.columns - b, c.right = size.columns + anchor.columns - b;
+                c.out = out.pixel(a, b);
+                kernel(c);
+            }
+        }
+    }
+
+    void rows_of_many(const Tiles &tiles, int64_t a) const {
         const int64_t count = least(MOST_ROWS, outputs.rows - a);
         // The kernel rows that meet the image from row a, and from the last of these rows.
         const int64_t first = most(0, anchor.rows - a), last = least(taps.rows, size.rows + anchor.rows - a);
@@ -57,7 +89,6 @@ struct Direct {
         if (above < first && above < below) stripe(tiles, a + 1, 1, above, least(first, below), true);
     }
 
-  private:
     // `count` rows from the window's rows first … last - 1.
     void stripe(const Tiles &tiles, int64_t a, int64_t count, int64_t first, int64_t last, bool on_top) const {
         Correlation c;
