@@ -38,15 +38,14 @@ struct Direct {
     bool add, margin;
     Vec start;
 
-    // The kernel for a window of few rows; null if the window has too many, or the outputs are too few or not replaced.
-    CorrelateFewRows few_rows() const {
-        if (add || outputs.rows < FEW_HIGH || outputs.columns < FEW_WIDE) return nullptr;
-        return few_rows_kernel<FEW_WIDE, false>(taps.rows);
+    // Tiles of outputs overlap at the ends, which excludes adding to them.
+    bool has_few_rows() const {
+        return !add && taps.rows <= FEW_ROWS && outputs.rows >= FEW_HIGH && outputs.columns >= FEW_WIDE;
     }
 
     void run() const {
-        if (const CorrelateFewRows kernel = few_rows())
-            rows_of_few(kernel);
+        if (has_few_rows())
+            rows_of_few();
         else
             for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(a);
     }
@@ -55,22 +54,24 @@ struct Direct {
     void rows(int64_t a) const { rows_of_many(Tiles(outputs.columns, taps.columns), a); }
 
   private:
-    void rows_of_few(CorrelateFewRows kernel) const {
+    void rows_of_few() const {
+        const FewRowsTurns<FEW_WIDE, false> turns(taps.rows);
+        const float *rows[FEW_HIGH + FEW_ROWS - 1];
         FewRows c;
         c.out_row = out.row, c.out_tile = out.column;
         c.x_tap = c.x_tile = x.column;
         c.w = reinterpret_cast<const float *>(window), c.columns = taps.columns;
-        c.start = start, c.relu = c.stream = false;
+        c.rows = rows, c.start = start, c.relu = c.stream = false;
         for (int64_t row = 0; row < outputs.rows; row += FEW_HIGH) {
             const int64_t a = least(row, outputs.rows - FEW_HIGH);
             c.top = anchor.rows - a, c.bottom = size.rows + anchor.rows - a;
-            for (int64_t v = 0; v < FEW_HIGH + taps.rows - 1; v++) c.rows[v] = x.pixel(a - anchor.rows + v, 0);
+            for (int64_t v = 0; v < FEW_HIGH + taps.rows - 1; v++) rows[v] = x.pixel(a - anchor.rows + v, 0);
             for (int64_t column = 0; column < outputs.columns; column += FEW_WIDE) {
                 const int64_t b = least(column, outputs.columns - FEW_WIDE);
                 c.x = (b - anchor.columns) * x.column;
                 c.left = anchor.columns - b, c.right = size.columns + anchor.columns - b;
                 c.out = out.pixel(a, b);
-                kernel(c);
+                turns.run(c);
             }
         }
     }

@@ -9,21 +9,22 @@ namespace WK_NAMESPACE {
 
 // Rows of outputs, as in the maps of most networks, which have a multiple of 7; columns of outputs.
 constexpr int FEW_HIGH = WK_REGISTERS >= 32 ? 7 : 4, FEW_WIDE = 2;
-// The taps of a column stay in registers, too.
-constexpr int FEW_ROWS = WK_REGISTERS >= 32 ? 13 : 5;
+// The taps of a column stay in registers, too: windows of more rows take several turns.
+constexpr int FEW_ROWS = WK_REGISTERS >= 32 ? 7 : 5;
 
 // out[r][t] = start + Σ_i Σ_j x[r + i][t + j] · w[i][j]   for 0 ≤ i < K, 0 ≤ j < columns
 //
-// Only pixels with top ≤ r + i < bottom and left ≤ t + j < right are read; the others count as zero. Strides and `x`, the
+// where start is the content of `out` if `add`, else the given vector. Only pixels with top ≤ r + i < bottom and left ≤ t + j < right are read; the others count as zero. Strides and `x`, the
 // position in a row of the pixel of output 0 under tap 0, are in floats; nothing but `w` needs to be aligned.
 struct FewRows {
     float *out;
     int64_t out_row, out_tile;
-    const float *rows[FEW_HIGH + FEW_ROWS - 1];
+    const float *const *rows;
     int64_t x, x_tap, x_tile;  // from a tap or an output to the next
     const float *w;
     int64_t columns;
     int64_t top, bottom, left, right;
+    bool add;
     Vec start;
     bool relu, stream;
 };
@@ -52,7 +53,13 @@ WK_INLINE void add_column(Vec (&sum)[FEW_HIGH][T], const Vec (&tap)[K], const Fe
 template <int K, int T, bool PIXELS> __attribute__((noinline)) void correlate_few_rows(const FewRows &c) {
     constexpr int R = FEW_HIGH;
     Vec sum[R][T];
-    unroll<R>([&](auto r) { unroll<T>([&](auto t) { sum[r][t] = c.start; }); });
+    float *out = c.out;
+    const int64_t out_row = c.out_row, out_tile = c.out_tile;
+    const float *from = c.add ? out : reinterpret_cast<const float *>(&c.start);
+    const int64_t from_row = c.add ? out_row : 0, from_tile = c.add ? out_tile : 0;
+    unroll<R>([&](auto r) {
+        unroll<T>([&](auto t) { sum[r][t] = *reinterpret_cast<const Loose *>(from + r * from_row + t * from_tile); });
+    });
     const bool all_rows = c.top <= 0 && c.bottom >= R + K - 1;
     const int64_t left = c.left, right = c.right, columns = c.columns, x_tap = c.x_tap, tile = PIXELS ? LANES : c.x_tile;
     const int64_t first = PIXELS ? 0 : most(0, left - (T - 1)), last = PIXELS ? columns : least(columns, right);
@@ -70,8 +77,6 @@ template <int K, int T, bool PIXELS> __attribute__((noinline)) void correlate_fe
             add_column<false>(sum, tap, c, x, tile, PIXELS ? 0 : left - j, PIXELS ? T : right - j);
     }
     if (c.relu) unroll<R>([&](auto r) { unroll<T>([&](auto t) { sum[r][t] = relu(sum[r][t]); }); });
-    float *out = c.out;
-    const int64_t out_row = c.out_row, out_tile = c.out_tile;
     if (c.stream)
         unroll<R>([&](auto r) {
             unroll<T>([&](auto t) { write_past_caches(out + r * out_row + t * out_tile, sum[r][t]); });
@@ -84,27 +89,29 @@ template <int K, int T, bool PIXELS> __attribute__((noinline)) void correlate_fe
 
 typedef void (*CorrelateFewRows)(const FewRows &);
 
-template <int K, int T, bool PIXELS> constexpr CorrelateFewRows few_rows_kernel_of() {
-    if constexpr (K <= FEW_ROWS)
-        return correlate_few_rows<K, T, PIXELS>;
-    else
-        return nullptr;
+template <int T, bool PIXELS, int... K> constexpr CorrelateFewRows few_rows_by_number(int64_t rows, std::integer_sequence<int, K...>) {
+    constexpr CorrelateFewRows table[] = {correlate_few_rows<K + 1, T, PIXELS>...};
+    return table[rows - 1];
 }
 
-// The kernel for a window of `rows` rows and FEW_HIGH × T outputs; null if there is none.
-template <int T, bool PIXELS> CorrelateFewRows few_rows_kernel(int64_t rows) {
-    switch (rows) {
-    case 2: return few_rows_kernel_of<2, T, PIXELS>();
-    case 3: return few_rows_kernel_of<3, T, PIXELS>();
-    case 4: return few_rows_kernel_of<4, T, PIXELS>();
-    case 5: return few_rows_kernel_of<5, T, PIXELS>();
-    case 7: return few_rows_kernel_of<7, T, PIXELS>();
-    case 8: return few_rows_kernel_of<8, T, PIXELS>();
-    case 9: return few_rows_kernel_of<9, T, PIXELS>();
-    case 13: return few_rows_kernel_of<13, T, PIXELS>();
-    default: return nullptr;
+// A window of any number of rows, for FEW_HIGH × T outputs, where `c` describes the whole window.
+template <int T, bool PIXELS> struct FewRowsTurns {
+    int64_t rows, count;
+
+    explicit FewRowsTurns(int64_t of_window) : rows(of_window), count(ceil_div(of_window, FEW_ROWS)) {}
+
+    void run(const FewRows &whole) const {
+        FewRows c = whole;
+        for (int64_t turn = 0, first = 0; turn < count; turn++) {
+            const int64_t end = rows * (turn + 1) / count;
+            c.rows = whole.rows + first, c.w = whole.w + first * whole.columns * LANES;
+            c.top = whole.top - first, c.bottom = whole.bottom - first;
+            c.add = turn > 0, c.relu = whole.relu && turn == count - 1, c.stream = whole.stream && turn == count - 1;
+            few_rows_by_number<T, PIXELS>(end - first, std::make_integer_sequence<int, FEW_ROWS>{})(c);
+            first = end;
+        }
     }
-}
+};
 
 }  // namespace WK_NAMESPACE
 }  // namespace wk

@@ -13,16 +13,17 @@ namespace WK_NAMESPACE {
 // The buffers of neighboring blocks, a part of the second-level cache.
 constexpr int64_t ROLLING_VECTORS = (int64_t{9} << 16) / static_cast<int64_t>(sizeof(Vec));
 
+// The most rows of a kernel.
+constexpr int64_t ROLLING_ROWS = 13;
+
 // The sizes of a call. Tasks take some rows of outputs: at least FEW_HIGH.
 struct Rolling {
     Extent taps{}, anchor{};
     int64_t height = 0, width = 0;
     bool pixels = false;  // lanes are pixels
 
-    // Whether there is a kernel for these taps, and enough outputs to fill it.
-    bool possible() const {
-        return height >= FEW_HIGH && width >= (pixels ? LANES : FEW_WIDE) && few_rows_kernel<1, true>(taps.rows);
-    }
+    // Whether the kernel has few enough rows, and the outputs fill a tile.
+    bool possible() const { return taps.rows <= ROLLING_ROWS && height >= FEW_HIGH && width >= (pixels ? LANES : FEW_WIDE); }
 
     int64_t slots() const { return FEW_HIGH + taps.rows - 1; }
     // Vectors of a row in the buffer, and of its results. Odd, so that rows do not compete for the same part of a cache.
@@ -62,16 +63,17 @@ template <class Type> struct RollingTask {
     // The rows from `next` are packed later.
     template <class Pack, class Compute> void roll(const float *buffer, Pack &&pack, Compute &&compute) const {
         const int64_t above = shape.anchor.rows, slots = shape.slots(), pitch = shape.pitch() * LANES;
+        const float *rows[FEW_HIGH + ROLLING_ROWS - 1];
         FewRows c;
-        c.columns = shape.taps.columns, c.relu = relu, c.stream = stream;
+        c.rows = rows, c.columns = shape.taps.columns, c.relu = relu, c.stream = stream;
         int64_t packed = most(0, begin - above), slot = packed % slots;
-        for (int64_t rows = begin; rows < end; rows += FEW_HIGH) {
-            const int64_t a = least(rows, end - FEW_HIGH), next = least(shape.height, a + slots - above);
+        for (int64_t tile = begin; tile < end; tile += FEW_HIGH) {
+            const int64_t a = least(tile, end - FEW_HIGH), next = least(shape.height, a + slots - above);
             for (; packed < next; packed++, slot = slot + 1 < slots ? slot + 1 : 0) pack(packed, slot);
             c.top = above - a, c.bottom = shape.height + above - a;
             const float *row = buffer + (a - above + slots) % slots * pitch, *end_of_buffer = buffer + slots * pitch;
             for (int64_t v = 0; v < slots; v++) {
-                c.rows[v] = row;
+                rows[v] = row;
                 row = row + pitch < end_of_buffer ? row + pitch : buffer;
             }
             compute(c, a, next);
@@ -86,7 +88,7 @@ template <class Type> struct RollingTask {
             start[b] = shift ? load_some<Float32>(shift + b * LANES, b == blocks - 1 ? last : LANES) : Vec{};
         }
         const bool direct = FLOATS && last == LANES;
-        const CorrelateFewRows kernel = few_rows_kernel<FEW_WIDE, false>(shape.taps.rows);
+        const FewRowsTurns<FEW_WIDE, false> turns(shape.taps.rows);
         auto pack_row = [&](int64_t row, int64_t slot) {
             Plane planes[MOST_TOGETHER];
             for (int64_t b = 0; b < blocks; b++) planes[b] = {room + (b * slots + slot) * pitch, pitch, 1};
@@ -107,7 +109,7 @@ template <class Type> struct RollingTask {
                     c.w = reinterpret_cast<const float *>(window + b * window_block), c.start = start[b];
                     c.out = direct ? reinterpret_cast<float *>(y.at + a * y.row + at * y.column + b * LANES)
                                    : reinterpret_cast<float *>(outputs[b] + at);
-                    kernel(c);
+                    turns.run(c);
                 }
             }
             if (direct) return;
@@ -125,8 +127,8 @@ template <class Type> struct RollingTask {
         const int64_t width = shape.width, slots = shape.slots(), pitch = shape.pitch() * LANES;
         const int64_t out_pitch = shape.out_pitch() * LANES;
         float *buffer = reinterpret_cast<float *>(room), *outputs = buffer + slots * pitch;
-        const CorrelateFewRows wide = few_rows_kernel<FEW_WIDE, true>(shape.taps.rows);
-        const CorrelateFewRows narrow = few_rows_kernel<1, true>(shape.taps.rows);
+        const FewRowsTurns<FEW_WIDE, true> wide(shape.taps.rows);
+        const FewRowsTurns<1, true> narrow(shape.taps.rows);
         const typename Type::Stored *from = x.at + lane * x.channel;
         typename Type::Stored *to = y.at + lane * y.channel;
         auto pack_row = [&](int64_t row, int64_t slot) {
@@ -146,7 +148,10 @@ template <class Type> struct RollingTask {
                 const int64_t covered = two ? FEW_WIDE * LANES : LANES, at = least(column, width - covered);
                 c.x = at;
                 c.out = FLOATS ? reinterpret_cast<float *>(to + a * y.row + at) : outputs + at;
-                (two ? wide : narrow)(c);
+                if (two)
+                    wide.run(c);
+                else
+                    narrow.run(c);
                 column += covered;
             }
             if (FLOATS) return;
