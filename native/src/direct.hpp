@@ -38,9 +38,11 @@ struct Direct {
     bool add, margin;
     Vec start;
 
+    bool few_rows = false;  // whether to use the kernels for windows of few rows, where they fit
+
     // Tiles of outputs overlap at the ends, which excludes adding to them.
     bool has_few_rows() const {
-        return !add && taps.rows <= FEW_ROWS && outputs.rows >= FEW_HIGH && outputs.columns >= FEW_WIDE;
+        return few_rows && !add && taps.rows <= FEW_ROWS && outputs.rows >= FEW_HIGH && outputs.columns >= FEW_WIDE;
     }
 
     void run() const {

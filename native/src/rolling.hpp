@@ -13,8 +13,11 @@ namespace WK_NAMESPACE {
 // The buffers of neighboring blocks, a part of the second-level cache.
 constexpr int64_t ROLLING_VECTORS = (int64_t{9} << 16) / static_cast<int64_t>(sizeof(Vec));
 
-// The most rows of a kernel.
-constexpr int64_t ROLLING_ROWS = 13;
+// The most rows of a kernel. With 16 registers, the tiles of this algorithm are small.
+constexpr int64_t ROLLING_ROWS = WK_REGISTERS >= 32 ? 13 : FEW_ROWS;
+// Kernels of up to this many rows always take this way, others if the image has at least this many numbers (16 MiB), which the
+// caches do not hold. In the caches, copying rows costs more than it saves (measured on an AMD Zen 5).
+constexpr int64_t ALWAYS_ROLLING_ROWS = WK_REGISTERS >= 32 ? 5 : 0, ROLLING_NUMBERS = int64_t{4} << 20;
 
 // The sizes of a call. Tasks take some rows of outputs: at least FEW_HIGH.
 struct Rolling {
@@ -22,8 +25,11 @@ struct Rolling {
     int64_t height = 0, width = 0;
     bool pixels = false;  // lanes are pixels
 
-    // Whether the kernel has few enough rows, and the outputs fill a tile.
-    bool possible() const { return taps.rows <= ROLLING_ROWS && height >= FEW_HIGH && width >= (pixels ? LANES : FEW_WIDE); }
+    // Whether the kernel has few enough rows for an image of so many numbers, and the outputs fill a tile.
+    bool pays(int64_t numbers) const {
+        return taps.rows <= (numbers < ROLLING_NUMBERS ? ALWAYS_ROLLING_ROWS : ROLLING_ROWS) && height >= FEW_HIGH &&
+               width >= (pixels ? LANES : FEW_WIDE);
+    }
 
     int64_t slots() const { return FEW_HIGH + taps.rows - 1; }
     // Vectors of a row in the buffer, and of its results. Odd, so that rows do not compete for the same part of a cache.

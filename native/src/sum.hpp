@@ -23,11 +23,12 @@ class Sum {
             taps += steps_[i].taps.area();
         }
         const bool adjoin = call.x.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
+        const int64_t numbers = int64_t{call.images} * call.channels * call.height * call.width;
         if (alone && call.passes == 1 && call.pass[0].method == WK_DIRECT && call.pass[0].dilation == 1) {
             const wk_pass &pass = call.pass[0];
             rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, call.height, call.width,
                         call.x.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1)};
-            rolls_ = (adjoin || rolling_.pixels) && rolling_.possible();
+            rolls_ = (adjoin || rolling_.pixels) && rolling_.pays(numbers);
         }
         if (rolls_) {
             steps_[0].turned = false, steps_[0].taps = rolling_.taps, steps_[0].anchor = rolling_.anchor;
@@ -35,8 +36,7 @@ class Sum {
             groups_ = ceil_div(blocks_, together_);
             bands_ = bands_for(call.images * groups_, call.threads, call.height, 0, false);
             stream_ = call.dtype == WK_FLOAT32 && call.channels % LANES == 0 && is_aligned(call.y, rolling_.pixels) &&
-                      (!rolling_.pixels || call.width % LANES == 0) &&
-                      int64_t{call.images} * call.channels * call.height * call.width >= STREAMED_NUMBERS;
+                      (!rolling_.pixels || call.width % LANES == 0) && numbers >= STREAMED_NUMBERS;
             return;
         }
         in_place_ = adjoin && alone && call.dtype == WK_FLOAT32 && !any_hybrid_ && !any_dilated_ && !call.relu && taps <= FEW_TAPS;
@@ -310,7 +310,7 @@ class Sum {
             return;
         }
         if (!s.hybrid) {
-            Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}}.run();
+            Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}, WK_REGISTERS >= 32}.run();
             return;
         }
         const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};

@@ -45,9 +45,7 @@ def test_random_calls(name: str, call: tuple) -> None:
     loaded.use_isa(name)
     try:
         with ops.trace() as ran:
-            y = ops.depthwise_sum(
-                x, [kernel], [anchor], bias, scale=scale, relu=relu, algorithm="direct", backend="native"
-            )
+            y = ops.depthwise_sum(x, [kernel], [anchor], bias, scale=scale, relu=relu, algorithm="direct", backend="native")
     finally:
         loaded.use_isa(before)
     assert ran.backends() == ["native"]
