@@ -122,8 +122,8 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
 def reason_for_pytorch(problem: Problem, is_amd: bool, isa: str) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    On AMD's processors, measured on one (Zen 5) with two threads: with AVX-512, none of 20 shapes of up to 8x8 taps takes
-    more than about a tenth longer with ours. With AVX2, oneDNN's kernels for few taps are mostly faster on large
+    On AMD's processors, measured on one (Zen 5) with two threads: with AVX-512, none of 20 channels_last shapes of up
+    to 8x8 taps took more than about a tenth longer with ours. With AVX2, oneDNN's kernels for few taps are mostly faster on large
     channels_last images, and for 7x7 taps on 1,024 channels.
 
     On others, the rule is that of measurements with AVX-512 before images passed through a rolling buffer, 16 to 1,024
