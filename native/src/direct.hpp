@@ -2,6 +2,7 @@
 #pragma once
 
 #include "correlate.hpp"
+#include "few_rows.hpp"
 #include "pack.hpp"
 
 namespace wk {
@@ -37,13 +38,47 @@ struct Direct {
     bool add, margin;
     Vec start;
 
+    bool few_rows = false;  // whether to use the kernels for windows of few rows, where they fit
+
+    // Tiles of outputs overlap at the ends, which excludes adding to them.
+    bool has_few_rows() const {
+        return few_rows && !add && taps.rows <= FEW_ROWS && outputs.rows >= FEW_HIGH && outputs.columns >= FEW_WIDE;
+    }
+
     void run() const {
-        const Tiles tiles(outputs.columns, taps.columns);
-        for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(tiles, a);
+        if (has_few_rows())
+            rows_of_few();
+        else
+            for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(a);
     }
 
     // Output rows a … a + MOST_ROWS - 1, as far as there are any.
-    void rows(const Tiles &tiles, int64_t a) const {
+    void rows(int64_t a) const { rows_of_many(Tiles(outputs.columns, taps.columns), a); }
+
+  private:
+    void rows_of_few() const {
+        const FewRowsTurns<FEW_WIDE, false> turns(taps.rows);
+        const float *rows[FEW_HIGH + FEW_ROWS - 1];
+        FewRows c;
+        c.out_row = out.row, c.out_tile = out.column;
+        c.x_tap = c.x_tile = x.column;
+        c.w = reinterpret_cast<const float *>(window), c.columns = taps.columns;
+        c.rows = rows, c.start = start, c.relu = c.stream = false;
+        for (int64_t row = 0; row < outputs.rows; row += FEW_HIGH) {
+            const int64_t a = least(row, outputs.rows - FEW_HIGH);
+            c.top = anchor.rows - a, c.bottom = size.rows + anchor.rows - a;
+            for (int64_t v = 0; v < FEW_HIGH + taps.rows - 1; v++) rows[v] = x.pixel(a - anchor.rows + v, 0);
+            for (int64_t column = 0; column < outputs.columns; column += FEW_WIDE) {
+                const int64_t b = least(column, outputs.columns - FEW_WIDE);
+                c.x = (b - anchor.columns) * x.column;
+                c.left = anchor.columns - b, c.right = size.columns + anchor.columns - b;
+                c.out = out.pixel(a, b);
+                turns.run(c);
+            }
+        }
+    }
+
+    void rows_of_many(const Tiles &tiles, int64_t a) const {
         const int64_t count = least(MOST_ROWS, outputs.rows - a);
         // The kernel rows that meet the image from row a, and from the last of these rows.
         const int64_t first = most(0, anchor.rows - a), last = least(taps.rows, size.rows + anchor.rows - a);
@@ -57,7 +92,6 @@ struct Direct {
         if (above < first && above < below) stripe(tiles, a + 1, 1, above, least(first, below), true);
     }
 
-  private:
     // `count` rows from the window's rows first … last - 1.
     void stripe(const Tiles &tiles, int64_t a, int64_t count, int64_t first, int64_t last, bool on_top) const {
         Correlation c;

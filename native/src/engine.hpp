@@ -103,13 +103,19 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
     int64_t bands = ceil_div(height * vectors_a_row, CACHED_VECTORS);
     if (threads > 1 && pieces < 4 * threads) {
         int64_t wanted = hybrid ? (pieces < threads ? ceil_div(threads, pieces) : 1) : ceil_div(4 * threads, pieces);
-        bands = most(bands, least(wanted, ceil_div(height, hybrid ? 8 : 4)));
+        bands = most(bands, least(wanted, most(1, hybrid ? ceil_div(height, 8) : height / FEW_HIGH)));
     }
     return least(most(bands, 1), height);
 }
 
 // Kernels with at most this many taps are computed in place if the image's channels are adjacent: packing would take as long.
 constexpr int64_t FEW_TAPS = 64, NARROW_MAP = 40;
+// Results with at least this many numbers (32 MiB) are written past the caches, which would not keep them for their reader.
+constexpr int64_t STREAMED_NUMBERS = int64_t{8} << 20;
+inline bool is_aligned(const wk_tensor &tensor, bool pixels) {
+    const int64_t strides = tensor.image | tensor.row | (pixels ? tensor.channel : tensor.column);
+    return reinterpret_cast<uintptr_t>(tensor.data) % sizeof(Vec) == 0 && strides % LANES == 0;
+}
 inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
 
 // Pack `blocks` neighboring blocks, of which `from` is the first, into planes of the same strides.

@@ -57,6 +57,9 @@ struct Walk {
     }
 };
 
+// Numbers in a block that are fetched while the block before is packed.
+constexpr int64_t FETCHED_NUMBERS = 4096;
+
 // Copy rows [0, rows) × columns [0, columns) of a block into a plane.
 template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_t rows, int64_t columns) {
     if (channels_adjoin(from)) {
@@ -75,11 +78,16 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
     // as one; otherwise narrow maps would leave most of each square empty.
     bool joined = from.row == columns;
     int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
+    // The block behind this one is probably next. In small maps, every row of a square starts another stream of addresses.
+    const int64_t behind = absolute(from.channel) * LANES;
+    const bool fetches = behind <= FETCHED_NUMBERS;
     for (int64_t run = 0; run < runs; run++) {
         Walk walk(to.from(run, 0), columns);
         for (int64_t p = 0; p < length; p += LANES) {
             int count = static_cast<int>(least(LANES, length - p));
             const typename Type::Stored *source = from.at + run * from.row + p;
+            if (fetches)
+                for (int c = 0; c < from.channels; c++) __builtin_prefetch(source + c * from.channel + behind, 0, 2);
             Vec square[LANES];
             if (count == LANES)
                 unroll<LANES>([&](auto c) {

@@ -55,6 +55,9 @@ WK_INLINE void hold(Vec &value) {
 #endif
 }
 
+// Keeps the compiler from computing many addresses in advance, for which it would need the registers of numbers.
+template <class T> WK_INLINE void hold_address(T *&at) { asm("" : "+r"(at)); }
+
 // The smaller of a and `bound`, which is not NaN, or `bound` if a is NaN; the compiler would compare and select.
 WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
 #if defined(__AVX__)
@@ -94,6 +97,24 @@ template <class T> WK_INLINE T read(const void *from) {
 }
 
 template <class T> WK_INLINE void write(void *to, const T &value) { __builtin_memcpy(to, &value, sizeof value); }
+
+// Write a vector without reading its memory into the caches first. The address must be aligned like a vector.
+WK_INLINE void write_past_caches(float *to, const Vec &value) {
+#if defined(__AVX512F__) && WK_LANES == 16
+    _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX__) && WK_LANES == 8
+    _mm256_stream_ps(to, (__m256)value);
+#else
+    write(to, value);
+#endif
+}
+
+// Makes what was written past the caches visible to other threads, before this one says that it is done.
+WK_INLINE void finish_writes() {
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+}
 
 // ---- the three storage types; all computations are in float ------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 // an output, which is then packed or unpacked once.
 #pragma once
 
-#include "engine.hpp"
+#include "rolling.hpp"
 
 #include <sched.h>
 
@@ -23,6 +23,22 @@ class Sum {
             taps += steps_[i].taps.area();
         }
         const bool adjoin = call.x.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
+        const int64_t numbers = int64_t{call.images} * call.channels * call.height * call.width;
+        if (alone && call.passes == 1 && call.pass[0].method == WK_DIRECT && call.pass[0].dilation == 1) {
+            const wk_pass &pass = call.pass[0];
+            rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, call.height, call.width,
+                        call.x.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1)};
+            rolls_ = (adjoin || rolling_.pixels) && rolling_.pays(numbers);
+        }
+        if (rolls_) {
+            steps_[0].turned = false, steps_[0].taps = rolling_.taps, steps_[0].anchor = rolling_.anchor;
+            together_ = least(blocks_together(!rolling_.pixels, false, blocks_, call.images, call.threads), rolling_.most_together());
+            groups_ = ceil_div(blocks_, together_);
+            bands_ = bands_for(call.images * groups_, call.threads, call.height, 0, false);
+            stream_ = call.dtype == WK_FLOAT32 && call.channels % LANES == 0 && is_aligned(call.y, rolling_.pixels) &&
+                      (!rolling_.pixels || call.width % LANES == 0) && numbers >= STREAMED_NUMBERS;
+            return;
+        }
         in_place_ = adjoin && alone && call.dtype == WK_FLOAT32 && !any_hybrid_ && !any_dilated_ && !call.relu && taps <= FEW_TAPS;
         // Several images take twice the room in the cache, as transforms do.
         together_ = blocks_together(adjoin, any_hybrid_ || !alone, blocks_, call.images, call.threads);
@@ -90,7 +106,7 @@ class Sum {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.planes = carver.take<Vec>((together_ + spare_) * Padded(inputs_, margin_).room());
+        own.planes = carver.take<Vec>(rolls_ ? together_ * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
         int64_t loose = 0;
         for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
         own.room = carver.take<Vec>(most(room_, kernel_room() + loose));
@@ -192,6 +208,10 @@ class Sum {
         // Tasks start in order, so another thread is already packing these kernels.
         for (int64_t b = 0; b < blocks; b++)
             while (!__atomic_load_n(&ready_[first + b], __ATOMIC_ACQUIRE)) sched_yield();
+        if (rolls_) {
+            roll<Type>(at, band, first, blocks, own.planes);
+            return;
+        }
         if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
             compute_in_place(at.image, first, blocks, band);
             return;
@@ -220,6 +240,27 @@ class Sum {
         }
     }
 
+    template <class Type> void roll(const Place &at, const Band &band, int64_t first, int64_t blocks, Vec *room) const {
+        const Step &s = steps_[0];
+        const Block<Type> x = block_of<Type>(call_.x, at.image, first * LANES, 0, call_.channels);
+        const Block<Type> y = block_of<Type>(call_.y, at.image, first * LANES, 0, call_.channels);
+        const float *shift = call_.shift ? call_.shift + first * LANES : nullptr;
+        RollingTask<Type>{rolling_,
+                          x,
+                          y,
+                          band.begin,
+                          band.end,
+                          blocks,
+                          lanes_of(first + blocks - 1, call_.channels),
+                          s.packed + first * s.packed_block,
+                          s.packed_block,
+                          shift,
+                          call_.relu != 0,
+                          stream_,
+                          room}
+            .run();
+    }
+
     // Without packing: the image is read, and the result written, in place.
     void compute_in_place(int64_t image, int64_t first, int64_t blocks, const Band &band) const {
         for (int64_t i = 0; i < call_.passes; i++) {
@@ -238,9 +279,8 @@ class Sum {
                 continue;
             }
             // Rows over all blocks, as in memory. The rows of a wide map under a kernel would not stay in the cache.
-            const Tiles tiles(task[0].outputs.columns, s.taps.columns);
             for (int64_t a = 0; a < task[0].outputs.rows; a += MOST_ROWS)
-                for (int64_t b = 0; b < blocks; b++) task[b].rows(tiles, a);
+                for (int64_t b = 0; b < blocks; b++) task[b].rows(a);
         }
     }
 
@@ -270,7 +310,7 @@ class Sum {
             return;
         }
         if (!s.hybrid) {
-            Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}}.run();
+            Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}, WK_REGISTERS >= 32}.run();
             return;
         }
         const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};
@@ -312,7 +352,8 @@ class Sum {
     const int64_t blocks_;
     int64_t above_ = 0, below_ = 0, margin_ = MARGIN, together_ = 1, groups_ = 1, spare_ = 1, bands_ = 1;
     int64_t room_ = 0, own_bytes_ = 0;
-    bool any_hybrid_ = false, any_dilated_ = false, in_place_ = false;
+    bool any_hybrid_ = false, any_dilated_ = false, in_place_ = false, rolls_ = false, stream_ = false;
+    Rolling rolling_;
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];

@@ -122,15 +122,14 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
 def reason_for_pytorch(problem: Problem, is_amd: bool, isa: str) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    On AMD's processors, measured on one (Zen 5) with one and two threads, AVX-512 and AVX2, ten channels_last shapes: on
-    large images oneDNN's kernels for few taps are mostly faster. On smaller ones ours are, on two threads with few
-    exceptions; on one thread, 3x3 taps take up to 1.5 times as long with ours. For 7x7 taps on 1,024 channels, ours are
-    slower with AVX2 and faster with AVX-512.
+    On AMD's processors, measured on one (Zen 5) with two threads: with AVX-512, none of 20 channels_last shapes of up
+    to 8x8 taps took more than about a tenth longer with ours. With AVX2, oneDNN's kernels for few taps are
+    mostly faster on large channels_last images, and for 7x7 taps on 1,024 channels.
 
-    On others, the rule is that of earlier measurements with AVX-512, 16 to 1,024 channels and maps of 7 to 112 pixels:
-    oneDNN's kernels for up to 5x5 taps took 0.5 to 0.9 of our time on channels_last images, except on tensors so small that
-    call overhead dominates. For 7x7 taps this held only if the distance between pixels was a multiple of 2 KiB, which caches
-    handle badly.
+    On others, the rule is that of measurements with AVX-512 before images passed through a rolling buffer, 16 to 1,024
+    channels and maps of 7 to 112 pixels: oneDNN's kernels for up to 5x5 taps took 0.5 to 0.9 of our time on channels_last
+    images, except on tensors so small that call overhead dominates. For 7x7 taps this held only if the distance between
+    pixels was a multiple of 2 KiB, which caches handle badly.
 
     Args:
         problem: the problem.
@@ -140,13 +139,13 @@ def reason_for_pytorch(problem: Problem, is_amd: bool, isa: str) -> str | None:
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
         return None
+    if is_amd and isa == "avx512":
+        return None
     size, elements = max(problem.kernels[0]), batch * channels * height * width
     few_taps, unfavorable = (_FEW_TAPS_ON_AMD, 1024) if is_amd else (_FEW_TAPS, 512)
     largest = next((most for taps, most in few_taps if size <= taps), None)
     if largest is not None and elements > largest:
         return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image as large as this"
-    if is_amd and isa == "avx512":
-        return None
     if 5 < size <= 7 and channels % unfavorable == 0 and elements > SMALL_CALL:
         return f"PyTorch's convolution is faster for a kernel as small as {size} on {channels} channels_last channels"
     return None
