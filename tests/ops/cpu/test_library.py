@@ -55,6 +55,7 @@ int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, con
                             void *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run(const wk_gate *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_ARGUMENT; }
+int32_t wk_run_steps(const wk_step *, int32_t, void *const *) { return WK_BAD_ARGUMENT; }
 int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 0; }
 int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *) { return WK_BAD_ARGUMENT; }
 int32_t wk_batch_norm_run(const wk_batch_norm *) { return WK_BAD_ARGUMENT; }
