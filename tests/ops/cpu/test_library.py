@@ -319,6 +319,8 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_pointwise_call": library.PointwiseCall,
         "wk_gate": library.Gate,
         "wk_patch": library.PatchGeometry,
+        "wk_place": library.Place,
+        "wk_step": library.Step,
         "wk_samples": library.Samples,
         "wk_pointwise_grad": library.PointwiseGrad,
         "wk_batch_norm": library.BatchNorm,
@@ -344,7 +346,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
 def test_constants_and_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "include" / "widekernel.h").read_text()
     constants = {name: int(value) for name, value in re.findall(r"\bWK_(\w+) = (\d+)", header)}
-    assert len(constants) == 14
+    assert len(constants) == 17
     assert constants == {name: getattr(library, name) for name in constants}
     defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
     assert defined == {name: str(getattr(library, name)) for name in ("ABI", "MOST_PASSES", "MOST_RECTS")}
