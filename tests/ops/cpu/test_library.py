@@ -319,6 +319,8 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_pointwise_call": library.PointwiseCall,
         "wk_gate": library.Gate,
         "wk_patch": library.PatchGeometry,
+        "wk_place": library.Place,
+        "wk_step": library.Step,
         "wk_samples": library.Samples,
         "wk_pointwise_grad": library.PointwiseGrad,
         "wk_batch_norm": library.BatchNorm,
