@@ -23,8 +23,10 @@ inline void *allocate(int64_t bytes) {
     const int64_t alignment = large ? HUGE_PAGE : ALIGNMENT;
     void *block = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(ceil_div(bytes, alignment) * alignment));
 #if defined(MADV_HUGEPAGE)
-    // Not the part of a page at the end, which would become resident as a whole.
-    if (block && large) madvise(block, static_cast<size_t>(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
+    // Not the part of a page at the end, which would become resident as a whole. Memory that was in use before has small pages:
+    // they are dropped.
+    const size_t whole = static_cast<size_t>(bytes / HUGE_PAGE * HUGE_PAGE);
+    if (block && large && madvise(block, whole, MADV_HUGEPAGE) == 0) madvise(block, whole, MADV_DONTNEED);
 #endif
     return block;
 }
