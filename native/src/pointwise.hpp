@@ -105,8 +105,9 @@ struct Distribution {
         if (shared) return;
         int64_t tasks = ceil_div(pixels, most_together(weights));
         if (threads > 1) {
-            // Several tasks for each thread, because threads differ in speed, and the same number.
-            tasks = most(tasks, least(4 * threads, pixels / FEWEST_PIXELS));
+            // At least two tasks for each thread, because threads differ in speed, and the same number. No more of them, because
+            // each reads all weights.
+            tasks = most(tasks, least(2 * threads, pixels / FEWEST_PIXELS));
             tasks = least(ceil_div(tasks, threads) * threads, pixels);
         }
         together = ceil_div(pixels, tasks);
@@ -139,7 +140,7 @@ class Pointwise {
           plan_(weights_, pixels_, call.threads),
           own_bytes_(own_bytes(plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.units()), plan_.together)) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
-        endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
+        endings_ = least(panels_for(packed.outputs), 2 * plan_.threads);  // few, because each reads all hidden units
     }
 
     int32_t run() {
@@ -189,7 +190,8 @@ class Pointwise {
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             const int64_t units = weights_.chunks.in(chunk);
             const int64_t group = packed_.normalize_after ? hidden_group(chunk) : 0;
-            hidden_units(own.x, chunk, 0, panels_for(units), scales_units() ? own.unscaled : own.hidden, group, unrounded);
+            const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
+            hidden_units(own.x, chunk, 0, panels_for(units), scales_units() ? own.unscaled : own.hidden, group, unrounded, next);
             if (scales_units()) scale_units(own.unscaled, 0, chunk, own.hidden, 0);
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
@@ -211,14 +213,33 @@ class Pointwise {
     void compute_part(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
-        const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
-        const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
+        const auto [chunk, begin, end] = part_of_units(task);
         const int64_t group = scales_units() ? first_vector(chunk) : hidden_group(chunk);
         const Stack &units = scales_units() ? all_.unscaled : all_.hidden;
-        hidden_units(all_.x, chunk, begin, end, units, group, Unrounded(carver, packed_, pixels_));
+        hidden_units(all_.x, chunk, begin, end, units, group, Unrounded(carver, packed_, pixels_), after_part(task));
         if (!packed_.outputs && !packed_.normalize_after)
             unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                           target(0, packed_.hidden), 0, nullptr);
+    }
+
+    // Panels [begin, end) of a chunk.
+    struct Part {
+        int64_t chunk, begin, end;
+    };
+    Part part_of_units(int64_t task) const {
+        const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
+        return {chunk, panels * part / parts_, panels * (part + 1) / parts_};
+    }
+
+    // The weights that a thread probably needs after a part of the hidden units, because threads take turns.
+    const float *after_part(int64_t task) const {
+        const int64_t tasks = weights_.chunks.count() * parts_, next = task + plan_.threads;
+        if (next < tasks) {
+            const Part part = part_of_units(next);
+            return weights_.first(part.chunk, 0, part.begin);
+        }
+        if (!packed_.outputs) return weights_.first(0, 0, 0);
+        return weights_.second(0, panels_for(packed_.outputs) * least(next - tasks, endings_ - 1) / endings_);
     }
 
     // Some of the outputs, for all pixels.
@@ -291,9 +312,10 @@ class Pointwise {
     }
 
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`. The sums of the squares of its units over all
-    // pixels go to `squares`, if given, which has one vector for each group of `to`; then the units are not rounded.
+    // pixels go to `squares`, if given, which has one vector for each group of `to`; then the units are not rounded. The panel at
+    // `after` is fetched at the end.
     void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group,
-                      const Unrounded &unrounded, Vec *squares = nullptr) const {
+                      const Unrounded &unrounded, const float *after, Vec *squares = nullptr) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count(), steps = blocks * (end - begin);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         const int32_t activation = packed_.normalize_after ? int32_t{WK_NO_ACTIVATION} : packed_.activation;
@@ -304,8 +326,7 @@ class Pointwise {
         for (int64_t step = 0; step < steps; step++) {
             const int64_t panel = panel_at(step), block = block_at(step);
             const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
-            const float *next = packed_.outputs && !squares ? weights_.second(chunk, 0) : next_chunk(chunk);
-            if (step + 1 < steps) next = weights_.first(chunk, block_at(step + 1), panel_at(step + 1));
+            const float *next = step + 1 < steps ? weights_.first(chunk, block_at(step + 1), panel_at(step + 1)) : after;
             const Fetcher later(next, depth, x.tiles());
             for (int64_t t = 0; t < x.tiles(); t++) {
                 const int64_t rows = x.rows(t);
@@ -331,7 +352,7 @@ class Pointwise {
     void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
         const int64_t depth = lines_for(weights_.chunks.in(chunk));
         const int64_t following = (chunk + 1) % weights_.chunks.count();
-        const float *next = packed_.response ? weights_.second(following, 0) : next_chunk(chunk);
+        const float *next = plan_.shared || packed_.response ? weights_.second(following, begin) : next_chunk(chunk);
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);

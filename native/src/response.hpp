@@ -127,7 +127,8 @@ class RespondingPointwise : protected Pointwise {
         const Unrounded unrounded(carver, packed_, hidden.count);
         pack(first_pixel(part), own.x, unrounded);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
-            hidden_units(own.x, chunk, 0, panels_for(weights_.chunks.in(chunk)), hidden, first_vector(chunk), unrounded, squares_of(part));
+            hidden_units(own.x, chunk, 0, panels_for(weights_.chunks.in(chunk)), hidden, first_vector(chunk), unrounded,
+                         next_chunk(chunk), squares_of(part));
     }
 
     // The factors of an image's hidden units, from the sums of their squares.
@@ -190,10 +191,9 @@ class RespondingPointwise : protected Pointwise {
     }
 
     void compute_units(int64_t task) {
-        const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
+        const auto [chunk, begin, end] = part_of_units(task);
         for (int64_t p = 0; p < parting_.all(); p++)
-            hidden_units(shared_x(p), chunk, panels * part / parts_, panels * (part + 1) / parts_, hidden_of(p), first_vector(chunk), {},
-                         squares_of(p));
+            hidden_units(shared_x(p), chunk, begin, end, hidden_of(p), first_vector(chunk), {}, after_part(task), squares_of(p));
     }
 
     void scale_part(int64_t part) {

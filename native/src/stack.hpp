@@ -9,6 +9,9 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
+// Pixels whose channels adjoin are fetched before their turn by so many pixels.
+constexpr int64_t PIXELS_AHEAD = 4;
+
 // The pixels of a tensor (image, channel, row, column), numbered image by image and row by row; any strides.
 struct Pixels {
     float *at;
@@ -158,7 +161,10 @@ inline void pack_run(const float *from, int64_t channel, int64_t column, int cou
             const float *pixel = from + j * column;
             const int64_t whole = channel == 1 ? channels / LANES : 0, step = slots[j].step;
             Vec *to = slots[j].at;
-            for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
+            for (int64_t g = 0; g < whole; g++, to += step) {
+                __builtin_prefetch(pixel + g * LANES + PIXELS_AHEAD * column);
+                *to = Float32::load(pixel + g * LANES);
+            }
             for (int64_t g = whole; g < groups; g++, to += step)
                 *to = gather(pixel + g * LANES * channel, channel, static_cast<int>(least(LANES, channels - g * LANES)));
         }
@@ -207,8 +213,12 @@ inline void unpack_pixel(const Slot &slot, int64_t begin, int64_t end, const Tar
     int64_t g = begin;
     for (; g < whole; g++, from += slot.step, y += LANES) {
         Vec value = *from;
+        __builtin_prefetch(y + PIXELS_AHEAD * to.y.column, 1);
         if (bias) value += bias[g];
-        if (added) value += Float32::load(added), added += LANES;
+        if (added) {
+            __builtin_prefetch(added + PIXELS_AHEAD * to.residual.column);
+            value += Float32::load(added), added += LANES;
+        }
         Float32::store(y, value);
     }
     for (; g < end; g++, from += slot.step, y += LANES * to.y.channel) {
