@@ -50,8 +50,7 @@ def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
         other, x = copy.deepcopy(model).to(dtype), x.to(dtype)
         with torch.no_grad():
             want = other(x)
-            # The default makes a part of the changes that are made if every change is free.
-            for cost in (None, FREE) if dtype is torch.float64 else (FREE,):
+            for cost in (None, FREE):
                 assert_near(compact(other, cost)(x), want, tolerance)
     assert_same_state(model.state_dict(), before)
 

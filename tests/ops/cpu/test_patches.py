@@ -80,7 +80,7 @@ def check(weights: Weights, x: Tensor, with_residual: bool = False) -> None:
     assert torch.equal(x, before)
     want = want if residual is None else want + residual.double()
     assert y.shape == want.shape
-    # A norm of a few numbers that happen to be nearly equal enlarges rounding errors: what it does to errors of the input shows.
+    # A norm of a few numbers that happen to be nearly equal enlarges rounding errors, such as those of the input.
     rounded = x.double() * (1 + 2**-22 * torch.randn(x.shape).sign())
     enlarged = (weights.exact(rounded) - weights.exact(x)).abs().max().item()
     assert (y.double() - want).abs().max().item() <= max(LIMIT * max(1.0, want.abs().max().item()), 4 * enlarged)
