@@ -14,8 +14,9 @@ constexpr int FEW_ROWS = WK_REGISTERS >= 32 ? 7 : 5;
 
 // out[r][t] = start + Σ_i Σ_j x[r + i][t + j] · w[i][j]   for 0 ≤ i < K, 0 ≤ j < columns
 //
-// where start is the content of `out` if `add`, else the given vector. Only pixels with top ≤ r + i < bottom and left ≤ t + j < right are read; the others count as zero. Strides and `x`, the
-// position in a row of the pixel of output 0 under tap 0, are in floats; nothing but `w` needs to be aligned.
+// where start is the content of `out` if `add`, else the given vector. Only pixels with top ≤ r + i < bottom and left ≤ t + j < right
+// are read; the others count as zero. Strides and `x`, the position in a row of the pixel of output 0 under tap 0, are in floats;
+// nothing but `w` needs to be aligned.
 struct FewRows {
     float *out;
     int64_t out_row, out_tile;

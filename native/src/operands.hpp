@@ -114,8 +114,9 @@ WK_INLINE Vec value_of(Vec sum, const Vec *row, const float *column, int64_t lin
 #if WK_WORD == 4
     const float *pixel = reinterpret_cast<const float *>(row);
     hold(sum);  // otherwise the compiler stores all sums in every step of a product, to read them as whole numbers here
-    const Ints exact = (Ints)sum - (Ints)spread(pixel + 1) * read<Ints>(column);
-    return __builtin_convertvector(exact, Vec) * (spread(pixel) * read<Vec>(column + line));
+    // Without a sign: the zero of a pixel that is not finite overflows. One scale after the other: their product may overflow.
+    const Ints exact = (Ints)((Bits)sum - (Bits)spread(pixel + 1) * read<Bits>(column));
+    return __builtin_convertvector(exact, Vec) * read<Vec>(column + line) * spread(pixel);
 #else
     (void)row, (void)column, (void)line;
     return sum;

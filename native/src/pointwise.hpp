@@ -331,7 +331,8 @@ class Pointwise {
             for (int64_t t = 0; t < x.tiles(); t++) {
                 const int64_t rows = x.rows(t);
                 Vec *sums = rounds ? unrounded.hidden.tile(t) : to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
-                const Vec *a = x.tile(t) + weights_.blocks.begin(block) / GROUP * rows, *scales = x.tile(t) + words_for(packed_.inputs) * rows;
+                const Vec *a = x.tile(t) + weights_.blocks.begin(block) / GROUP * rows;
+                const Vec *scales = x.tile(t) + words_for(packed_.inputs) * rows;
                 tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), weights_.first(chunk, block, panel), depth,
                                                  scales, sums, block > 0, later.part(t));
                 if (block < blocks - 1) continue;

@@ -70,7 +70,8 @@ struct Weights {
 inline void pack_panel(const float *from, int64_t row, int64_t begin, int64_t columns, int64_t depth, int64_t vectors, float *to) {
     const int64_t lanes = vectors * LANES, lines = lines_for(depth);
     for (int64_t c = 0; c < lanes; c++) {
-        const float *weight = from + c * row, scale = c < columns ? scale_of(weight, row) : 0.0f;
+        const float *weight = from + c * row;
+        const float scale = c < columns ? scale_of(weight, row) : 0.0f;
         for (int64_t k = 0; k < lines; k++)
             to[k * lanes + c] = word_of(weight + begin + k * WORD, c < columns ? depth - k * WORD : 0, scale);
         if constexpr (SCALED) {

@@ -1,6 +1,6 @@
 // The direct algorithm for kernels of few rows: the rows of the image pass through a small buffer, which is filled in turn.
 //
-// A row is copied into the buffer once, in the order of memory, and stays until all outputs above which it lies are computed. The
+// A row is copied into the buffer once, in the order of memory, and stays until all outputs that read it are computed. The
 // buffer fits into the caches, and neither the image nor the result is packed as a whole. Where channels are adjacent, lanes are
 // channels; where pixels are adjacent, lanes are pixels, and nothing is transposed.
 #pragma once
@@ -65,8 +65,8 @@ template <class Type> struct RollingTask {
   private:
     static constexpr bool FLOATS = sizeof(typename Type::Stored) == sizeof(float);
 
-    // Calls `pack(row, slot)` once for every row that the task reads, with its place in the buffer, and `compute(c, a, next)` for FEW_HIGH rows of outputs from row a.
-    // The rows from `next` are packed later.
+    // Calls `pack(row, slot)` once for every row that the task reads, with its place in the buffer, and `compute(c, a, next)` for
+    // FEW_HIGH rows of outputs from row a. The rows from `next` are packed later.
     template <class Pack, class Compute> void roll(const float *buffer, Pack &&pack, Compute &&compute) const {
         const int64_t above = shape.anchor.rows, slots = shape.slots(), pitch = shape.pitch() * LANES;
         const float *rows[FEW_HIGH + ROLLING_ROWS - 1];

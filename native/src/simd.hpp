@@ -55,9 +55,6 @@ WK_INLINE void hold(Vec &value) {
 #endif
 }
 
-// Keeps the compiler from computing many addresses in advance, for which it would need the registers of numbers.
-template <class T> WK_INLINE void hold_address(T *&at) { asm("" : "+r"(at)); }
-
 // The smaller of a and `bound`, which is not NaN, or `bound` if a is NaN; the compiler would compare and select.
 WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
 #if defined(__AVX__)

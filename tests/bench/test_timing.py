@@ -13,6 +13,7 @@ from widekernel.bench.timing import (
     BURST,
     FEWEST,
     MOST,
+    SETTLING,
     Timing,
     WallClock,
     balanced_orders,
@@ -73,6 +74,15 @@ class Machinery:
         self.now += seconds + (missed if name != self.last else 0.0)
         self.made.append(name)
         self.last = name
+
+
+def test_pauses_let_the_threads_of_other_programs_go_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(a=0.25, b=0.5)
+    monkeypatch.setattr("widekernel.bench.timing.time.sleep", lambda seconds: scene.made.append(f"{seconds} s"))
+    first = {"a": 0.25, "b": 0.5}
+    timings = interleave(scene.calls, first, 1.0, rounds=2, stopwatch=scene.stopwatch, pause=SETTLING)
+    assert scene.made == ["0.02 s", "a", "0.02 s", "b", "0.02 s", "b", "0.02 s", "a"]
+    assert timings == {"a": Timing((0.25,) * 2), "b": Timing((0.5,) * 2)}
 
 
 def test_the_call_before_a_short_one_does_not_change_its_time() -> None:

@@ -20,7 +20,7 @@ from widekernel.bench.rivals import WITH, compiles
 from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.bench.tables import Column, network_columns
 from widekernel.bench.time_budget import TimeBudget
-from widekernel.bench.timing import first_calls, interleave
+from widekernel.bench.timing import SETTLING, first_calls, interleave
 from widekernel.bench.variants import (
     ACCELERATED,
     FUSED,
@@ -113,7 +113,8 @@ def measure_lower_networks(
             variants = [*exact, *lower]
             calls = {variant.name: network_call(variant, INFER, target) for variant in variants}
             first = first_calls(calls)[1]
-            timings = interleave(calls, first, plan.seconds, plan.rounds, platform.network_patience)
+            pause = SETTLING if plan.rivals else 0.0
+            timings = interleave(calls, first, plan.seconds, plan.rounds, platform.network_patience, pause=pause)
             for variant in variants:
                 found = deviations[variant.name]
                 yield PrecisionNetworkRow(

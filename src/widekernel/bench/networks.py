@@ -29,7 +29,7 @@ from widekernel.bench.precision import FLOAT32, Precision, in_force
 from widekernel.bench.rivals import compiles
 from widekernel.bench.rows import DeviceNetworkRow, NetworkRow
 from widekernel.bench.time_budget import TimeBudget
-from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
+from widekernel.bench.timing import NO_TIMES, SETTLING, Timing, first_calls, interleave
 from widekernel.bench.variants import INFER, MODES, PYTORCH, Conditions, Variant, build_variants, with_visible_blocks
 from widekernel.errors import in_short
 from widekernel.ops.reference import relative_error
@@ -268,7 +268,8 @@ class _Trial:
             self._check_compiled([variant for variant in variants if variant.name in first])
         right = {name: call for name, call in calls.items() if name in first and name not in self.failures}
         patience = self.platform.network_patience
-        self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch)
+        pause = SETTLING if self.plan.rivals and self.mode == INFER else 0.0
+        self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch, pause)
         for variant in variants:
             if variant.name in right and variant.is_observed:
                 self.shares[variant.name] = depthwise_share(calls[variant.name], self.platform.device)

@@ -14,7 +14,7 @@ from widekernel.bench.checking import check_agreement
 from widekernel.bench.engines import missing, products_in_onnxruntime
 from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
 from widekernel.bench.tables import Column, factor, significant
-from widekernel.bench.timing import first_calls, interleave
+from widekernel.bench.timing import SETTLING, first_calls, interleave
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.ops.problem import LAYOUTS
 
@@ -181,7 +181,7 @@ def _measure(case: ProductCase, peak: float, seconds: float, rounds: int | None,
     outputs, first = first_calls(calls)
     error = check_agreement(outputs, _LINEAR, str(case), TOLERANCES[precision])
     outputs.clear()
-    timings = interleave(calls, first, seconds, rounds)
+    timings = interleave(calls, first, seconds, rounds, pause=SETTLING)
     times = {name: 1e3 * timing.median for name, timing in timings.items()}
     ours, gflops = times["NHWC"], case.operations / times["NHWC"] / 1e6
     return ProductRow(

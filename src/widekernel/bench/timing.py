@@ -8,7 +8,8 @@ and its first call is the measurement.
 
 What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
 timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in
-the allocator.
+the allocator. The threads of a call wait for the next one for some milliseconds before they sleep, and would compete with
+calls that have threads of their own, so between programs with different threads a pause is made.
 
 A `Stopwatch` times a single call: by the clock of the host (`WallClock`) or by the events of a device
 (`devices.EventStopwatch`).
@@ -33,6 +34,8 @@ FEWEST, MOST = 5, 300
 """Smallest and largest number of timed calls, unless a call is slow."""
 SHORT = 0.02
 """Seconds below which a call is short: it is timed in bursts."""
+SETTLING = 0.02
+"""Seconds in which threads without work go to sleep: GNU's OpenMP runtime lets them wait for about half of that."""
 BURST, ROUNDS = 4, 8
 """Largest number of timed calls in a burst, and the number of rounds before bursts get longer."""
 
@@ -159,6 +162,7 @@ def interleave(
     rounds: int | None = None,
     patience: tuple[float, float] = PATIENCE,
     stopwatch: Stopwatch = _WALL,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time several calls in turn.
 
@@ -169,6 +173,7 @@ def interleave(
         rounds: number of timed calls, instead of as many as fit in the budget; slow calls get fewer.
         patience: seconds beyond which a call counts as slow, and as very slow.
         stopwatch: times them.
+        pause: seconds to wait before each turn; `SETTLING` between programs with different threads.
     """
     wanted, bursts = {}, {}
     for name, call in calls.items():
@@ -186,6 +191,8 @@ def interleave(
             # True in exactly `turns[name]` of the turns, evenly spread.
             if (turn + 1) * turns[name] // total <= turn * turns[name] // total:
                 continue
+            if pause:
+                time.sleep(pause)
             if bursts[name]:
                 calls[name]()
             for _ in range(min(max(1, bursts[name]), wanted[name] - len(times[name]))):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.timing import first_calls, interleave
+from widekernel.bench.timing import SETTLING, first_calls, interleave
 from widekernel.export.base import ExportError, Run
 
 LATENCY_SECONDS = 1.0
@@ -78,4 +78,5 @@ def network_run(network: nn.Module) -> Run:
 def latencies(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Time calls in turn, and return the shortest time of each in milliseconds: other work can only prolong a call."""
     _, first = first_calls(calls)
-    return {name: 1e3 * min(timing.seconds) for name, timing in interleave(calls, first, seconds).items()}
+    timings = interleave(calls, first, seconds, pause=SETTLING)
+    return {name: 1e3 * min(timing.seconds) for name, timing in timings.items()}

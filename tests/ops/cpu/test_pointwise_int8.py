@@ -139,6 +139,9 @@ def test_extreme_pixels_and_weights() -> None:
     assert torch.equal(got[0], torch.zeros(70)) and torch.equal(got[2], torch.zeros(70))
     assert torch.equal(got[:, 5:7], torch.zeros(6, 2))
     assert ((got - want).abs().amax(1) <= 1e-5 * x.abs().amax(1)).all()
+    # The product of both scales overflows, but neither the sums nor the result.
+    far_apart = block._replace(first=torch.tensor([[1e6, 0], [1, 0]]).repeat(35, 40))
+    assert torch.equal(PackedBlock(*far_apart, precision="int8")(torch.tensor([0, 1e38]).repeat(1, 40)), torch.zeros(1, 70))
     spoiled = Block.random(80, 70, bias=False, activation="none")
     spoiled.first[3, 9], spoiled.first[4, 8] = NAN, INFINITY
     broken = PackedBlock(*spoiled, precision="int8")(torch.randn(6, 80)).isnan()
