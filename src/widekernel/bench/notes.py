@@ -42,7 +42,7 @@ BRANCHES_NOTES: tuple[str, ...] = (
 NETWORK_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn, on the same images, in float32; ± is half the interquartile range. A "
     "number in parentheses is the number of calls, if there were fewer than five.",
-    f"Calls are made {_ORDER} {_MEMORY} Beside rivals, 20 ms pass before each, in which the threads of the others go to sleep.",
+    f"Calls are made {_ORDER} {_MEMORY} Beside rivals, 20 ms pass before each, so that the threads of the others sleep.",
     "train: forward, cross-entropy, backward and a step of SGD. infer: forward in evaluation and inference mode.",
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
