@@ -26,7 +26,7 @@ from typing import Any
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu.openmp import openmp_runtime
 
-ABI = 5
+ABI = 6
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -71,6 +71,15 @@ class Rect(ctypes.Structure):
     ]
 
 
+class Partial(ctypes.Structure):
+    """The channels of the image that a sum is computed of, and the others."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("inputs", "others")),
+        *((name, Address) for name in ("selected", "other", "scale", "shift")),
+    ]
+
+
 _COMMON = [(name, ctypes.c_int32) for name in ("dtype", "threads", "images", "channels", "height", "width")]
 
 
@@ -92,6 +101,7 @@ class Sum(ctypes.Structure):
         ("scale", Address),
         ("shift", Address),
         ("relu", ctypes.c_int32),
+        ("partial", ctypes.POINTER(Partial)),
     ]
 
 
@@ -164,7 +174,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "relu")),
         *((name, Address) for name in ("call", "packed")),
         *((name, Place) for name in ("x", "factors", "residual", "y")),
-        *((name, Address) for name in ("taps", "scale", "shift")),
+        *((name, Address) for name in ("taps", "scale", "shift", "partial")),
     ]
 
 
@@ -206,7 +216,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_bind_openmp": (_int32, [_text]),
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
-    "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address, Address, Address, _int32]),
+    "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), *[Address] * 5, _int32, Address]),
     "wk_depthwise_branches_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address]),
     "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
