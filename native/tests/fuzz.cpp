@@ -1148,6 +1148,7 @@ int main(int count, char **arguments) {
             Random random(seed + i);
             const Problem problem = drawn(random);
             test_sum(problem, seed + i, random, judge);
+            if (i % 4 == 0) test_partial(problem, seed + i, random, judge);
             test_weight_grad(problem, seed + i, random, judge);
             test_branches(problem, seed + i, random, judge);
             test_pointwise(seed + i, random, judge);
