@@ -55,7 +55,7 @@ typedef struct {
     int32_t pass;
 } wk_rect;
 
-// Some channels of a larger image, in float32 with adjacent channels. Channel i of the sum is channel selected[i] of the image x, which
+// Some channels of a larger image, in float32. Either channels are adjacent in x and y, or columns in both. Channel i of the sum is channel selected[i] of the image x, which
 // has `inputs` channels; and channel i behind those of the sum in y is scale[i] · x[other[i]] + shift[i].
 typedef struct {
     int32_t inputs, others;

@@ -123,7 +123,8 @@ bool are_channels(const int32_t *table, int32_t count, int32_t channels) {
 }
 
 bool is_valid(const wk_partial &partial, const wk_sum &call) {
-    if (call.dtype != WK_FLOAT32 || call.inputs != 1 || call.outputs != 1 || call.x.channel != 1 || call.y.channel != 1) return false;
+    const bool alike = call.x.channel == 1 ? call.y.channel == 1 : call.x.column == 1 && call.y.column == 1;
+    if (call.dtype != WK_FLOAT32 || call.inputs != 1 || call.outputs != 1 || !alike) return false;
     if (partial.others < 0 || (partial.others > 0 && !(partial.scale && partial.shift))) return false;
     return are_channels(partial.selected, call.channels, partial.inputs) &&
            are_channels(partial.other, partial.others, partial.inputs);

@@ -6,14 +6,16 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// One call. All pixels are cut into pieces, which are independent of each other.
+// One call. Where channels are adjacent, pieces consist of pixels; otherwise, of planes. They are independent of each other.
 class Partial {
   public:
     explicit Partial(const wk_sum &call)
-        : call_(call), pixels_(int64_t{call.height} * call.width), pitch_(ceil_div(call.channels, LANES) * LANES) {
+        : call_(call), pixels_(int64_t{call.height} * call.width), planes_(call.x.channel != 1),
+          pitch_(planes_ ? call.channels : ceil_div(call.channels, LANES) * LANES) {
         if (!call.partial) return;
-        const int64_t all = call.images * pixels_;
-        pieces_ = most(1, least(all, all * call.partial->inputs / PIECE_NUMBERS));
+        const int64_t results = call.channels + call.partial->others;
+        parts_ = call.images * (planes_ ? results : pixels_);
+        pieces_ = most(1, least(parts_, call.images * pixels_ * results / PIECE_NUMBERS));
     }
 
     int64_t pieces() const { return pieces_; }
@@ -41,16 +43,12 @@ class Partial {
     // The image that the kernels are applied to.
     wk_tensor image() const {
         if (!pieces_) return call_.x;
+        if (planes_) return {gathered_, pixels_ * pitch_, pixels_, call_.width, 1};
         return {gathered_, pixels_ * pitch_, 1, call_.width * pitch_, pitch_};
     }
 
     void copy(int64_t piece) const {
-        const int64_t all = call_.images * pixels_, end = all * (piece + 1) / pieces_;
-        for (int64_t i = all * piece / pieces_; i < end; i++) {
-            const int64_t image = i / pixels_, row = i % pixels_ / call_.width, column = i % call_.width;
-            gather(at(call_.x, image, row, column), gathered_ + i * pitch_);
-            pass(at(call_.x, image, row, column), at(call_.y, image, row, column) + call_.channels);
-        }
+        for (int64_t i = parts_ * piece / pieces_; i < parts_ * (piece + 1) / pieces_; i++) planes_ ? copy_plane(i) : copy_pixel(i);
     }
 
   private:
@@ -62,6 +60,28 @@ class Partial {
 
     static float *at(const wk_tensor &t, int64_t image, int64_t row, int64_t column) {
         return static_cast<float *>(t.data) + image * t.image + row * t.row + column * t.column;
+    }
+
+    void copy_pixel(int64_t index) const {
+        const int64_t image = index / pixels_, row = index % pixels_ / call_.width, column = index % call_.width;
+        const float *x = at(call_.x, image, row, column);
+        gather(x, gathered_ + index * pitch_);
+        pass(x, at(call_.y, image, row, column) + call_.channels);
+    }
+
+    void copy_plane(int64_t index) const {
+        const wk_partial &p = *call_.partial;
+        const int64_t count = call_.channels + p.others, image = index / count, channel = index % count, other = channel - call_.channels;
+        const float *x = at(call_.x, image, 0, 0) + (other < 0 ? p.selected[channel] : p.other[other]) * call_.x.channel;
+        if (other < 0) {
+            float *to = gathered_ + (image * pitch_ + channel) * pixels_;
+            for (int64_t i = 0; i < call_.height; i++, x += call_.x.row, to += call_.width)
+                for (int64_t j = 0; j < call_.width; j++) to[j] = x[j];
+            return;
+        }
+        float *to = at(call_.y, image, 0, 0) + channel * call_.y.channel;
+        for (int64_t i = 0; i < call_.height; i++, x += call_.x.row, to += call_.y.row)
+            for (int64_t j = 0; j < call_.width; j++) to[j] = x[j] * p.scale[other] + p.shift[other];
     }
 
     // Whole vectors, as far as they lie within a pixel. The numbers behind a run are replaced by those of the next one.
@@ -81,8 +101,10 @@ class Partial {
     }
 
     const wk_sum &call_;
-    const int64_t pixels_, pitch_;
-    int64_t pieces_ = 0, count_ = 0;
+    const int64_t pixels_;
+    const bool planes_;
+    const int64_t pitch_;  // of pixels in the image that the kernels are applied to, or the number of its planes
+    int64_t parts_ = 0, pieces_ = 0, count_ = 0;
     Run *runs_ = nullptr;
     float *gathered_ = nullptr;
 };

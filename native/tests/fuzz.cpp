@@ -520,11 +520,15 @@ void test_partial(const Problem &p, uint64_t seed, Random random, Judge &judge) 
     if (p.dtype != WK_FLOAT32) return;
     const std::string name = described(p, seed, "sum of some channels");
     const Format &format = FORMATS[p.dtype];
-    const Layout from = random.often() ? CHANNELS_LAST : SOME_CHANNELS, to = random.often() ? CHANNELS_LAST : SOME_CHANNELS;
+    const Layout pixels_first[] = {CHANNELS_LAST, SOME_CHANNELS, TRANSPOSED}, planes_first[] = {CONTIGUOUS, PART_OF_A_MAP, BATCH_INSIDE};
+    const Layout(&alike)[3] = random.often() ? pixels_first : planes_first;
+    const Layout from = alike[random.integer(0, 2)], to = alike[random.integer(0, 2)];
     const int64_t count = p.shape.channels;
     wk_partial partial{};
     partial.inputs = static_cast<int32_t>(count) + random.integer(0, 40), partial.others = random.integer(0, 40);
     Shape large = p.shape, result = p.shape;
+    // With a single channel, none are adjacent.
+    partial.inputs = std::max(partial.inputs, 2);
     large.channels = partial.inputs, result.channels = count + partial.others;
     std::vector<int32_t> selected(count), other(partial.others);
     for (int32_t &channel : selected) channel = random.integer(0, partial.inputs - 1);

@@ -65,8 +65,8 @@ def native_partial_sum(
     It takes the arguments of `partial_depthwise_sum`.
 
     Returns:
-        the result, stored as NHWC; None if the call is not covered. It is covered if nothing observes the operators, no
-        derivatives are wanted, `x` is a float32 image on a CPU that is stored as NHWC, the tables are int32, all tensors are
+        the result, in the layout of `x`; None if the call is not covered. It is covered if nothing observes the operators, no
+        derivatives are wanted, `x` is a float32 image on a CPU without gaps in memory, the tables are int32, all tensors are
         plain and contiguous, and the native backend is the one chosen for the selected channels.
 
     Raises:
@@ -75,7 +75,9 @@ def native_partial_sum(
     floats = (*kernels, bias, scale, shift)
     if not is_ordinary_call() or torch._C._is_any_autocast_enabled() or needs_derivatives(x, *floats):
         return None
-    if not _is_covered(x, torch.float32) or x.dim() != 4 or not is_channels_last(x) or x.numel() == 0:
+    if not _is_covered(x, torch.float32) or x.dim() != 4 or x.numel() == 0:
+        return None
+    if not x.is_contiguous() and not is_channels_last(x):
         return None
     dense = all(_is_covered(values, torch.float32) and values.is_contiguous() for values in floats)
     tables = (selected, others)
@@ -131,7 +133,7 @@ def _choice(x: Tensor, shapes: tuple[torch.Size, ...], anchors: tuple[Anchor, ..
         return None
     shape = x.shape[0], count, x.shape[2], x.shape[3]
     sizes = tuple((kernel[2], kernel[3]) for kernel in kernels)
-    last = count > 1 and x.shape[2] * x.shape[3] > 1
+    last = is_channels_last(x) and count > 1
     problem = Problem(DEPTHWISE_SUM, x.device.type, x.dtype, shape, sizes, anchors, last)
     backend = dispatch.select(problem)
     if not isinstance(backend, NativeBackend):

@@ -19,16 +19,22 @@ from widekernel.layers import FoldedPartialChannels, LargeKernel, PartialChannel
 from widekernel.ops.call_trace import PartialCall
 from widekernel.ops.cpu import library
 from widekernel.ops.partial import native_partial_sum, partial_depthwise_sum
+from widekernel.ops.problem import LAYOUTS, memory_format
 
 pytestmark = needs_native
 
 
 def arguments(
-    selected: list[int], others: list[int], channels: int, sizes: list[tuple[int, int]], shape: tuple[int, int, int]
+    selected: list[int],
+    others: list[int],
+    channels: int,
+    sizes: list[tuple[int, int]],
+    shape: tuple[int, int, int],
+    layout: str = "NHWC",
 ) -> list[Any]:
     """Draw the arguments of a call: an image of (N, H, W) pixels, and kernels of these sizes."""
     images, height, width = shape
-    x = torch.randn(images, channels, height, width).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(images, channels, height, width).contiguous(memory_format=LAYOUTS[layout])
     kernels = [torch.randn(len(selected), 1, *size) for size in sizes]
     anchors = [(rows // 2, columns // 2) for rows, columns in sizes]
     tables = [torch.tensor(table, dtype=torch.int32) for table in (selected, others)]
@@ -50,7 +56,7 @@ def assert_right(values: list[Any]) -> None:
     with torch.no_grad():
         got, want = native_partial_sum(*values), in_double(values)
     assert got is not None
-    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert got.is_contiguous(memory_format=memory_format(values[0]))
     assert_close(got.double(), want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
 
 
@@ -66,8 +72,8 @@ def problems(draw: st.DrawFn) -> list[Any]:
     others = order[count:] if draw(st.booleans()) else draw(st.lists(st.integers(0, channels - 1), min_size=1, max_size=40))
     side = st.integers(1, 15)
     sizes = draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
-    shape = draw(st.tuples(st.integers(1, 3), st.integers(2, 20), st.integers(1, 20)))
-    return arguments(selected, others, channels, sizes, shape)
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)))
+    return arguments(selected, others, channels, sizes, shape, draw(st.sampled_from(list(LAYOUTS))))
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,14 +91,15 @@ def test_many_more_channels(values: list[Any], isa: str, threads: int) -> None:
         assert_right(values)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(3, 3), (5, 5), (51, 3), (3, 51), (13, 13)], ids=str)
-def test_every_way_of_computing_sums(size: tuple[int, int]) -> None:
+def test_every_way_of_computing_sums(size: tuple[int, int], layout: str) -> None:
     """Kernels read in place, through rows that move on, and from packed planes."""
     selected = [channel for channel in range(43) if channel % 4]
     others = list(range(0, 43, 4))
     for shape in ((1, 28, 28), (2, 56, 12)):
-        assert_right(arguments(selected, others, 43, [size], shape))
-        assert_right(arguments(selected[:16], others, 43, [size], shape))
+        assert_right(arguments(selected, others, 43, [size], shape, layout))
+        assert_right(arguments(selected[:16], others, 43, [size], shape, layout))
 
 
 def layer(channels: int = 20) -> FoldedPartialChannels:
@@ -162,15 +169,15 @@ def _double(module: FoldedPartialChannels, x: Tensor) -> Tensor:
     return x.double()
 
 
-def _contiguous(module: FoldedPartialChannels, x: Tensor) -> Tensor:
-    return x.contiguous()
+def _with_gaps(module: FoldedPartialChannels, x: Tensor) -> Tensor:
+    return x[..., :-1]
 
 
 def _empty(module: FoldedPartialChannels, x: Tensor) -> Tensor:
     return x[:0]
 
 
-@pytest.mark.parametrize("change", [_hooked, _replaced, _trained, _wide_tables, _double, _contiguous, _empty])
+@pytest.mark.parametrize("change", [_hooked, _replaced, _trained, _wide_tables, _double, _with_gaps, _empty])
 def test_other_calls_run_the_definition(change: Callable[[FoldedPartialChannels, Tensor], Tensor]) -> None:
     module = layer()
     x = change(module, image())

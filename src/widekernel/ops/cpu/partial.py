@@ -12,6 +12,7 @@ from widekernel.errors import ArgumentError
 from widekernel.ops import recording
 from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.prepared import PreparedSum
+from widekernel.ops.problem import memory_format
 
 
 class PreparedPartialSum(PreparedSum):
@@ -30,7 +31,7 @@ class PreparedPartialSum(PreparedSum):
         """Compute `partial_depthwise_sum`.
 
         Args:
-            x: (N, C, H, W), stored as NHWC, float32.
+            x: (N, C, H, W), stored as NCHW or NHWC, float32.
             kernels: (S, 1, kh, kw) each, contiguous.
             bias: (S,), contiguous.
             selected: S channels, int32, contiguous.
@@ -39,7 +40,7 @@ class PreparedPartialSum(PreparedSum):
             shift: one summand for each of the others, contiguous.
 
         Returns:
-            (N, S + number of others, H, W), stored as NHWC.
+            (N, S + number of others, H, W), in the layout of `x`.
 
         Raises:
             ArgumentError: if a table names a channel that `x` does not have.
@@ -47,9 +48,10 @@ class PreparedPartialSum(PreparedSum):
         """
         images, inputs, height, width = x.shape
         shape = images, selected.numel() + others.numel(), height, width
-        y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        layout = memory_format(x)
+        y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
         key = x.stride()
-        call = self._calls.get(key) or self._calls.setdefault(key, self._prepared_call(x, y, torch.channels_last))
+        call = self._calls.get(key) or self._calls.setdefault(key, self._prepared_call(x, y, layout))
         taps = self._addresses(*[kernel.data_ptr() for kernel in kernels])
         tables = (selected, others, scale, shift)
         partial = native.Partial(inputs, others.numel(), *[table.data_ptr() for table in tables])
