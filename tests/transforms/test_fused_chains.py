@@ -143,7 +143,9 @@ def test_changes_of_partial_channels_are_noticed(change: Callable[[Any], None]) 
     before, _ = calls_of(model, x)
     change(model)
     for _ in range(2):
-        assert_right(model, x)
+        # PyTorch's operators, which compute calls that are not covered, may change the layout.
+        want = by_blocks(model, x)
+        assert_close(calls_of(model, x)[0], want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
     assert not torch.equal(before, calls_of(model, x)[0])
 
 

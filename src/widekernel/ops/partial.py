@@ -60,14 +60,14 @@ def native_partial_sum(
     scale: Tensor,
     shift: Tensor,
 ) -> Tensor | None:
-    """Compute `partial_depthwise_sum` in one native call, without copies of the image.
+    """Compute `partial_depthwise_sum` in one native call.
 
     It takes the arguments of `partial_depthwise_sum`.
 
     Returns:
-        the result, in the layout of `x`; None if the call is not covered. It is covered if nothing observes the operators, no
-        derivatives are wanted, `x` is a float32 image on a CPU without gaps in memory, the tables are int32, all tensors are
-        plain and contiguous, and the native backend is the one chosen for the selected channels.
+        the result, in the layout of `x`; None if the call is not covered. It is covered if nothing observes the operators,
+        no derivatives are wanted, `x` is a float32 image on a CPU without gaps in memory, the tables are int32, all tensors
+        are plain, those of weights and channels contiguous, and the native backend is the one chosen for these channels.
 
     Raises:
         ArgumentError: if a table names a channel that `x` does not have.
@@ -127,9 +127,9 @@ def _is_covered(values: Tensor, dtype: torch.dtype) -> bool:
 def _choice(x: Tensor, shapes: tuple[torch.Size, ...], anchors: tuple[Anchor, ...]) -> _Choice | None:
     *kernels, bias, scale, shift, selected, others = shapes
     count, rest = selected.numel(), others.numel()
-    fits = all(len(kernel) == 4 and tuple(kernel[:2]) == (count, 1) for kernel in kernels)
+    fits = all(len(kernel) == 4 and tuple(kernel[:2]) == (count, 1) and 0 not in kernel for kernel in kernels)
     fits = fits and tuple(bias) == (count,) and scale.numel() == shift.numel() == rest
-    if not fits or not kernels or len(kernels) != len(anchors) or not count or count + rest < 2:
+    if not fits or not kernels or len(kernels) != len(anchors) or not count or count + rest < 2 or x.shape[1] < 2:
         return None
     shape = x.shape[0], count, x.shape[2], x.shape[3]
     sizes = tuple((kernel[2], kernel[3]) for kernel in kernels)
