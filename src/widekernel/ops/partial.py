@@ -100,7 +100,7 @@ class _Choice(NamedTuple):
     prepared: PreparedPartialSum
 
     def __call__(self, *arguments: Any) -> Tensor:
-        y = self.prepared.partial(*arguments)
+        y = self.prepared(*arguments)
         if call_trace.OPEN_TRACES:
             self.note()
         if recording.OPEN:

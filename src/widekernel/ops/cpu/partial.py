@@ -18,7 +18,7 @@ from widekernel.ops.problem import memory_format
 class PreparedPartialSum(PreparedSum):
     """Calls of `partial_depthwise_sum` of one problem: that of the selected channels alone."""
 
-    def partial(
+    def __call__(  # type: ignore[override]
         self,
         x: Tensor,
         kernels: Sequence[Tensor],
