@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 5
+#define WK_ABI 6
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -55,6 +55,14 @@ typedef struct {
     int32_t pass;
 } wk_rect;
 
+// Some channels of a larger image, in float32. Either channels are adjacent in x and y, or columns in both. Channel i of the sum is channel selected[i] of the image x, which
+// has `inputs` channels; and channel i behind those of the sum in y is scale[i] · x[other[i]] + shift[i].
+typedef struct {
+    int32_t inputs, others;
+    const int32_t *selected, *other;  // (channels of the sum), (others)
+    const float *scale, *shift;       // (others) each
+} wk_partial;
+
 // One input and one output, or one of them and several of the other: then `xs` or `ys` has their addresses, and all have the
 // strides of x or y. At least one pass leads from each input to each output.
 typedef struct {
@@ -70,6 +78,7 @@ typedef struct {
     // y = relu(scale · sum + shift), (channels) each; either may be null, which means 1 and 0.
     const float *scale, *shift;
     int32_t relu;
+    const wk_partial *partial;  // null if `x` and `y` have the channels of the sum; otherwise, there is one input and one output
 } wk_sum;
 
 typedef struct {
@@ -190,7 +199,7 @@ int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
 // The same with other addresses instead of those in `call`. `call` does not change, so its sizes and strides are filled in once,
 // and several threads may use it at the same time. `taps` has one address for each rect.
 int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
-                            const float *shift, int32_t relu);
+                            const float *shift, int32_t relu, const wk_partial *partial);
 int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const *xs, void *const *ys, const float *const *taps);
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
@@ -221,7 +230,7 @@ typedef struct {
 } wk_place;
 
 // One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum` or `wk_gate`. `packed`, `factors` and
-// `residual` belong to products; `taps`, `scale`, `shift` and `relu` to depthwise sums.
+// `residual` belong to products; `taps`, `scale`, `shift`, `relu` and `partial` to depthwise sums.
 typedef struct {
     int32_t kind, relu;
     const void *call;
@@ -229,6 +238,7 @@ typedef struct {
     wk_place x, factors, residual, y;
     const float *const *taps;
     const float *scale, *shift;
+    const wk_partial *partial;
 } wk_step;
 
 // Makes all calls, or those up to the first that returns an error, which is returned. The steps do not change, so several threads

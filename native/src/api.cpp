@@ -116,7 +116,22 @@ bool has_images(const wk_sum &call) {
     return read == (1u << call.inputs) - 1 && written == (1u << call.outputs) - 1;
 }
 
+bool are_channels(const int32_t *table, int32_t count, int32_t channels) {
+    bool inside = count == 0 || table;
+    for (int32_t i = 0; i < count && inside; i++) inside = 0 <= table[i] && table[i] < channels;
+    return inside;
+}
+
+bool is_valid(const wk_partial &partial, const wk_sum &call) {
+    const bool alike = call.x.channel == 1 ? call.y.channel == 1 : call.x.column == 1 && call.y.column == 1;
+    if (call.dtype != WK_FLOAT32 || call.inputs != 1 || call.outputs != 1 || !alike) return false;
+    if (partial.others < 0 || (partial.others > 0 && !(partial.scale && partial.shift))) return false;
+    return are_channels(partial.selected, call.channels, partial.inputs) &&
+           are_channels(partial.other, partial.others, partial.inputs);
+}
+
 bool is_valid(const wk_sum &call) {
+    if (call.partial && !is_valid(*call.partial, call)) return false;
     if (!has_sizes(call) || call.passes < 1 || call.passes > WK_MOST_PASSES || !has_images(call)) return false;
     if (call.rects < 1 || call.rects > WK_MOST_RECTS) return false;
     for (int32_t i = 0; i < call.passes; i++)
@@ -229,10 +244,10 @@ static int32_t run_with_taps(wk_sum &call, const float *const *taps) {
 }
 
 WK_EXPORT int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
-                                      const float *shift, int32_t relu) {
+                                      const float *shift, int32_t relu, const wk_partial *partial) {
     wk_sum here = *call;
     here.x.data = const_cast<void *>(x), here.y.data = y;
-    here.scale = scale, here.shift = shift, here.relu = relu;
+    here.scale = scale, here.shift = shift, here.relu = relu, here.partial = partial;
     return run_with_taps(here, taps);
 }
 
@@ -321,7 +336,8 @@ WK_EXPORT int32_t wk_run_steps(const wk_step *steps, int32_t count, void *const 
             return wk_pointwise_run_at(s.packed, static_cast<const wk_pointwise_call *>(s.call), at(s.x), floats(s.factors),
                                        at(s.residual), at(s.y));
         case WK_DEPTHWISE_STEP:
-            return wk_depthwise_sum_at(static_cast<const wk_sum *>(s.call), at(s.x), at(s.y), s.taps, s.scale, s.shift, s.relu);
+            return wk_depthwise_sum_at(static_cast<const wk_sum *>(s.call), at(s.x), at(s.y), s.taps, s.scale, s.shift, s.relu,
+                                       s.partial);
         case WK_GATE_STEP: return wk_gate_run_at(static_cast<const wk_gate *>(s.call), at(s.x), floats(s.y));
         }
         return static_cast<int32_t>(WK_BAD_ARGUMENT);

@@ -1,7 +1,9 @@
 // depthwise_sum: the forward pass and, with flipped kernels, the input gradient; also of several branches that share an input or
-// an output, which is then packed or unpacked once.
+// an output, which is then packed or unpacked once; or of some channels, while the others are passed on.
 #pragma once
 
+#include "partial.hpp"
+#include "phases.hpp"
 #include "rolling.hpp"
 
 #include <sched.h>
@@ -13,7 +15,8 @@ constexpr int64_t MOST_PASSES = WK_MOST_PASSES;
 
 class Sum {
   public:
-    explicit Sum(const wk_sum &call) : call_(call), blocks_(ceil_div(call.channels, LANES)) {
+    explicit Sum(const wk_sum &call)
+        : call_(call), blocks_(ceil_div(call.channels, LANES)), partial_(call), x_(partial_.image()) {
         int64_t taps = 0;
         for (int64_t i = 0; i < call.passes; i++) {
             steps_[i] = Step::of(call.pass[i]);
@@ -22,12 +25,12 @@ class Sum {
             margin_ = most(margin_, steps_[i].margin());
             taps += steps_[i].taps.area();
         }
-        const bool adjoin = call.x.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
+        const bool adjoin = x_.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
         const int64_t numbers = int64_t{call.images} * call.channels * call.height * call.width;
         if (alone && call.passes == 1 && call.pass[0].method == WK_DIRECT && call.pass[0].dilation == 1) {
             const wk_pass &pass = call.pass[0];
             rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, call.height, call.width,
-                        call.x.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1)};
+                        x_.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1)};
             rolls_ = (adjoin || rolling_.pixels) && rolling_.pays(numbers);
         }
         if (rolls_) {
@@ -82,6 +85,8 @@ class Sum {
         Carver carver{shared_memory.at_least(shared_bytes())};
         if (!carver.base) return WK_OUT_OF_MEMORY;
         carve_shared(carver);
+        partial_.find_runs();
+        x_ = partial_.image();
         for (int64_t i = 0; i < call_.passes; i++)
             if (steps_[i].hybrid)
                 steps_[i].tables = Tables::make(steps_[i].tiling, false, tables_[i]);
@@ -91,7 +96,7 @@ class Sum {
                     : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
                                                  : &Sum::start<Float16>;
         // Kernels are packed by the first tasks of the same parallel region: waking the threads twice would take too long.
-        parallel(call_.threads, blocks_ + call_.images * groups_ * bands_, task, this);
+        parallel(call_.threads, blocks_ + partial_.pieces() + call_.images * groups_ * bands_, task, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
     }
@@ -115,6 +120,7 @@ class Sum {
 
     void carve_shared(Carver &carver) {
         ready_ = carver.take<int32_t>(blocks_);
+        partial_.carve(carver);
         for (int64_t i = 0; i < call_.passes; i++) {
             Step &s = steps_[i];
             s.packed_block = s.hybrid ? 3 * s.tiling.frequencies() * s.spectrum_column() : s.taps.area();
@@ -188,8 +194,13 @@ class Sum {
 
     template <class Type> static void start(void *self, int64_t task) {
         Sum &sum = *static_cast<Sum *>(self);
+        if (task >= sum.blocks_ + sum.partial_.pieces()) {
+            sum.compute<Type>(task - sum.blocks_ - sum.partial_.pieces());
+            return;
+        }
         if (task >= sum.blocks_) {
-            sum.compute<Type>(task - sum.blocks_);
+            sum.partial_.copy(task - sum.blocks_);
+            __atomic_fetch_add(&sum.copied_, 1, __ATOMIC_RELEASE);
             return;
         }
         sum.pack_kernels(task);
@@ -208,6 +219,7 @@ class Sum {
         // Tasks start in order, so another thread is already packing these kernels.
         for (int64_t b = 0; b < blocks; b++)
             while (!__atomic_load_n(&ready_[first + b], __ATOMIC_ACQUIRE)) sched_yield();
+        wait_for(&copied_, partial_.pieces());
         if (rolls_) {
             roll<Type>(at, band, first, blocks, own.planes);
             return;
@@ -242,7 +254,7 @@ class Sum {
 
     template <class Type> void roll(const Place &at, const Band &band, int64_t first, int64_t blocks, Vec *room) const {
         const Step &s = steps_[0];
-        const Block<Type> x = block_of<Type>(call_.x, at.image, first * LANES, 0, call_.channels);
+        const Block<Type> x = block_of<Type>(x_, at.image, first * LANES, 0, call_.channels);
         const Block<Type> y = block_of<Type>(call_.y, at.image, first * LANES, 0, call_.channels);
         const float *shift = call_.shift ? call_.shift + first * LANES : nullptr;
         RollingTask<Type>{rolling_,
@@ -267,7 +279,7 @@ class Sum {
             const Step &s = steps_[i];
             Direct task[MOST_TOGETHER];
             for (int64_t b = 0; b < blocks; b++) {
-                const Block<Float32> from = block_of<Float32>(call_.x, image, (first + b) * LANES, band.from, call_.channels);
+                const Block<Float32> from = block_of<Float32>(x_, image, (first + b) * LANES, band.from, call_.channels);
                 const Block<Float32> to = block_of<Float32>(call_.y, image, (first + b) * LANES, band.begin, call_.channels);
                 const Field x(from.at, from.row, from.column), y(to.at, to.row, to.column);
                 const Vec start = call_.shift ? load_some<Float32>(call_.shift + (first + b) * LANES, LANES) : Vec{};
@@ -292,7 +304,7 @@ class Sum {
     }
 
     template <class Type> Block<Type> input(const Place &at, int32_t index) const {
-        wk_tensor x = call_.x;
+        wk_tensor x = x_;
         if (call_.inputs > 1) x.data = const_cast<void *>(call_.xs[index]);
         return block_of<Type>(x, at.image, at.group * together_ * LANES, band_at(at.band).from, call_.channels);
     }
@@ -350,6 +362,8 @@ class Sum {
 
     const wk_sum &call_;
     const int64_t blocks_;
+    Partial partial_;
+    wk_tensor x_;  // the image that the kernels are applied to
     int64_t above_ = 0, below_ = 0, margin_ = MARGIN, together_ = 1, groups_ = 1, spare_ = 1, bands_ = 1;
     int64_t room_ = 0, own_bytes_ = 0;
     bool any_hybrid_ = false, any_dilated_ = false, in_place_ = false, rolls_ = false, stream_ = false;
@@ -359,6 +373,7 @@ class Sum {
     Step steps_[MOST_PASSES];
     float *tables_[MOST_PASSES];
     int32_t *ready_ = nullptr;  // for each block, whether its kernels are packed
+    int64_t copied_ = 0;        // pieces of the image
 };
 
 }  // namespace WK_NAMESPACE

@@ -492,7 +492,8 @@ void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
     if (p.elsewhere) {
         wk_sum empty = call;
         empty.x.data = empty.y.data = nullptr, empty.scale = empty.shift = nullptr, empty.relu = 0;
-        succeed(library.depthwise_sum_at(&empty, call.x.data, call.y.data, addresses.data(), call.scale, call.shift, call.relu),
+        succeed(library.depthwise_sum_at(&empty, call.x.data, call.y.data, addresses.data(), call.scale, call.shift, call.relu,
+                                         nullptr),
                 name);
     } else {
         succeed(library.depthwise_sum(&call), name);
@@ -512,6 +513,76 @@ void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
     judge.compare(y.values(), want, limit_of(p.passes), weight, format, name);
     if (x.bytes() != x_before.bytes()) stop(1, "%s: the input has changed", name.c_str());
     if (!y.same_around(y_before)) stop(1, "%s: memory outside the output has changed", name.c_str());
+}
+
+// The sum of some channels of a larger image, in any order, with others behind it.
+void test_partial(const Problem &p, uint64_t seed, Random random, Judge &judge) {
+    if (p.dtype != WK_FLOAT32) return;
+    const std::string name = described(p, seed, "sum of some channels");
+    const Format &format = FORMATS[p.dtype];
+    const Layout pixels_first[] = {CHANNELS_LAST, SOME_CHANNELS, TRANSPOSED}, planes_first[] = {CONTIGUOUS, PART_OF_A_MAP, BATCH_INSIDE};
+    const Layout(&alike)[3] = random.often() ? pixels_first : planes_first;
+    const Layout from = alike[random.integer(0, 2)], to = alike[random.integer(0, 2)];
+    const int64_t count = p.shape.channels;
+    wk_partial partial{};
+    partial.inputs = static_cast<int32_t>(count) + random.integer(0, 40), partial.others = random.integer(0, 40);
+    Shape large = p.shape, result = p.shape;
+    // With a single channel, none are adjacent.
+    partial.inputs = std::max(partial.inputs, 2);
+    large.channels = partial.inputs, result.channels = count + partial.others;
+    std::vector<int32_t> selected(count), other(partial.others);
+    for (int32_t &channel : selected) channel = random.integer(0, partial.inputs - 1);
+    if (random.often()) std::sort(selected.begin(), selected.end());
+    for (int32_t &channel : other) channel = random.integer(0, partial.inputs - 1);
+    const std::vector<float> scale = random.numbers(partial.others), plus = random.numbers(partial.others);
+    partial.selected = selected.data(), partial.other = other.data(), partial.scale = scale.data(), partial.shift = plus.data();
+
+    Image x(large, from, format), y(result, to, format);
+    const std::vector<double> values = random_image(large, from, format, random);
+    x.fill(values);
+    const Image x_before = x, y_before = y;
+    std::vector<std::vector<float>> taps;
+    std::vector<wk_rect> rects;
+    for (size_t i = 0; i < p.kernels.size(); i++) {
+        const Extent &e = p.kernels[i];
+        taps.push_back(random.numbers(count * e.rows * e.columns));
+        rects.push_back({taps[i].data(), e.rows, e.columns, e.row, e.column, e.dilation, p.targets[i]});
+    }
+    const std::vector<float> shift = random.numbers(count);
+    wk_sum call = call_of(p);
+    call.x = x.tensor(), call.y = y.tensor(), call.rects = static_cast<int32_t>(rects.size()), call.rect = rects.data();
+    call.shift = p.shifted ? shift.data() : nullptr, call.partial = &partial;
+    succeed(library.depthwise_sum(&call), name);
+
+    const int64_t pixels = p.shape.height * p.shape.width;
+    std::vector<double> chosen(static_cast<size_t>(p.shape.elements()));
+    over(p.shape, [&](auto n, auto c, auto i, auto j, auto at) {
+        chosen[at] = values[(n * large.channels + selected[c]) * pixels + i * p.shape.width + j];
+    });
+    Sums sums(p.shape);
+    for (size_t k = 0; k < p.kernels.size(); k++)
+        sums.add(chosen, taps[k], p.kernels[k], p.passes[static_cast<size_t>(p.targets[k])]);
+    std::vector<double> want(static_cast<size_t>(result.elements()));
+    double weight = 1;
+    over(result, [&](auto n, auto c, auto i, auto j, auto at) {
+        const int64_t pixel = i * p.shape.width + j;
+        if (c >= count) {
+            const double value = values[(n * large.channels + other[c - count]) * pixels + pixel];
+            want[at] = scale[c - count] * value + plus[c - count];
+            weight = std::max(weight, std::abs(want[at]));
+            return;
+        }
+        const size_t within = static_cast<size_t>((n * count + c) * pixels + pixel);
+        want[at] = sums.sums[within] + (p.shifted ? shift[c] : 0);
+        weight = std::max(weight, sums.sizes[within] + (p.shifted ? std::abs(shift[c]) : 0));
+    });
+    judge.compare(y.values(), want, limit_of(p.passes), weight, format, name);
+    if (x.bytes() != x_before.bytes()) stop(1, "%s: the input has changed", name.c_str());
+    if (!y.same_around(y_before)) stop(1, "%s: memory outside the output has changed", name.c_str());
+    for (int32_t wrong : {-1, partial.inputs}) {
+        selected[count / 2] = wrong;
+        if (library.depthwise_sum(&call) != WK_BAD_ARGUMENT) stop(1, "%s: a channel outside the image is accepted", name.c_str());
+    }
 }
 
 // The passes separately: of one input, each to its own output, or each from its own input, to one output.
@@ -1081,6 +1152,7 @@ int main(int count, char **arguments) {
             Random random(seed + i);
             const Problem problem = drawn(random);
             test_sum(problem, seed + i, random, judge);
+            if (i % 4 == 0) test_partial(problem, seed + i, random, judge);
             test_weight_grad(problem, seed + i, random, judge);
             test_branches(problem, seed + i, random, judge);
             test_pointwise(seed + i, random, judge);

@@ -16,8 +16,10 @@ from torch.testing import assert_close
 
 from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, randomized
 from widekernel import ops
-from widekernel.layers import DepthwiseConv2d
+from widekernel.errors import ArgumentError
+from widekernel.layers import DepthwiseConv2d, LargeKernel, PartialChannels, Rectangles
 from widekernel.ops import recording
+from widekernel.ops.call_trace import PartialCall
 from widekernel.ops.cpu.sequence import Sequence
 from widekernel.transforms import to_torch
 from widekernel.transforms.acceleration.fusion import FusedChain, packing, unfused
@@ -76,6 +78,83 @@ def test_one_native_call(replayed: list[int]) -> None:
     assert replayed == [5, 5]
     assert_right(model, image(1))
     assert replayed == [5, 5, 5]
+
+
+class Partial(ByHand):
+    """A block whose spatial layer convolves 9 of 12 channels and reorders them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        partial = PartialChannels(LargeKernel(Rectangles(9, [(5, 3), (3, 5)])), [0, 1, 2, 4, 5, 7, 8, 9, 11], 12)
+        self.mixer = partial.folded(*torch.rand(2, 12) + 0.5)  # type: ignore[assignment]
+
+
+@needs_library
+def test_partial_channels_are_part_of_the_call(replayed: list[int]) -> None:
+    model = chained(Partial, Convolutional, Partial)
+    with ops.trace() as traced:
+        for x in (image(), image(1), image(1)):
+            assert_right(model, x)
+    assert replayed == [5, 5]
+    # Those of the chain, and those of the code of its blocks.
+    assert traced.partial == [PartialCall(shape, 9) for shape in [(2, 12, 9, 12)] * 4 + [(1, 12, 9, 12)] * 8]
+
+
+def _hook_inside(model: Any) -> None:
+    model[0].mixer.layer.register_forward_hook(lambda _layer, _inputs, y: y + 1)
+
+
+def _reordered(model: Any) -> None:
+    model[0].mixer.selected.copy_(model[0].mixer.selected.flip(0))
+
+
+def _other_table(model: Any) -> None:
+    model[0].mixer.selected = model[0].mixer.selected.flip(0)
+
+
+def _long_table(model: Any) -> None:
+    model[0].mixer.selected = model[0].mixer.selected.flip(0).long()
+
+
+def _swapped_data(model: Any) -> None:
+    model[0].mixer.ghosts.data = model[0].mixer.ghosts.data.flip(0)
+
+
+def _grow_others(model: Any) -> None:
+    with torch.no_grad():
+        model[0].mixer.scale.mul_(2)
+
+
+def _other_layer(model: Any) -> None:
+    model[0].mixer.layer = nn.Identity()
+
+
+def _grow_inside(model: Any) -> None:
+    with torch.no_grad():
+        model[2].mixer.layer.kernels[0].mul_(2)
+
+
+PARTIAL = (_hook_inside, _reordered, _other_table, _long_table, _swapped_data, _grow_others, _other_layer, _grow_inside)
+
+
+@pytest.mark.parametrize("change", PARTIAL)
+def test_changes_of_partial_channels_are_noticed(change: Callable[[Any], None]) -> None:
+    model, x = chained(Partial, Convolutional, Partial), image()
+    before, _ = calls_of(model, x)
+    change(model)
+    for _ in range(2):
+        # PyTorch's operators, which compute calls that are not covered, may change the layout.
+        want = by_blocks(model, x)
+        assert_close(calls_of(model, x)[0], want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    assert not torch.equal(before, calls_of(model, x)[0])
+
+
+@needs_library
+def test_a_channel_outside_the_image_is_an_error() -> None:
+    model, x = chained(Partial, Partial), image()
+    model[0].mixer.selected[0] = 12
+    with torch.no_grad(), pytest.raises(ArgumentError, match="do not fit together"):
+        model(x)
 
 
 @needs_library

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
-from widekernel.layers.alterations import alterations
+from widekernel.layers.alterations import alterations, replaced_method
 from widekernel.layers.folding import Folded, Fusable, is_trained
-from widekernel.layers.large_kernel import LargeKernel
+from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
+from widekernel.layers.sources import tensors_of
+from widekernel.ops.eager import is_ordinary_call
 from widekernel.ops.jit_trace import static_shape
+from widekernel.ops.partial import native_partial_sum
 
 GHOST_SEED = 123  # the seed with which the Shift-wise authors' code selects the untouched channels
 
@@ -127,11 +132,34 @@ class FoldedPartialChannels(Folded, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
+        if torch.jit.is_scripting():
+            return self._by_parts(x)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            y = self._native(x)
+            return self._by_parts(x) if y is None else y
+
+    @torch.jit.unused
+    def _native(self, x: Tensor) -> Tensor | None:
+        """Return the result of one native call; None if the call is not covered, or `layer` has to be called."""
+        layer: Any = self.layer
+        if not is_ordinary_call() or type(layer) is not FoldedLargeKernel or _is_observed(layer):
+            return None
+        tables = self.selected, self.ghosts, self.scale, self.shift
+        return native_partial_sum(x, tensors_of(layer.kernels), layer.anchors, layer.bias, *tables)
+
+    def _by_parts(self, x: Tensor) -> Tensor:
         convolved = self.layer(x.index_select(1, self.selected))
         if static_shape(self.ghosts)[0] == 0:
             return convolved
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([convolved, rest], 1)
+
+
+def _is_observed(layer: nn.Module) -> bool:
+    """Return whether a layer has to be called, because of a hook or of another computation than that of its class."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    altered = bool(hooks) or bool(replaced_method(layer)) or layer._compiled_call_impl is not None
+    return altered or torch_module._has_any_global_hook()
 
 
 def _channels_problem(name: str, tables: Mapping[str, Tensor]) -> str:

@@ -54,6 +54,19 @@ class PointwiseGradCall:
     outputs: int
 
 
+@dataclass(frozen=True)
+class PartialCall:
+    """A native call that convolved some channels of an image and passed the others on.
+
+    Attributes:
+        shape: shape of the image.
+        selected: number of channels that it convolved.
+    """
+
+    shape: tuple[int, ...]
+    selected: int
+
+
 @dataclass
 class Trace:
     """The calls that ran inside a `trace()` block, in order.
@@ -62,12 +75,14 @@ class Trace:
         calls: the operator calls, each with the name of its backend.
         fused: the native calls of fused blocks.
         pointwise_grads: the calls for gradients of pointwise layers.
+        partial: those of `calls` that read their channels from a larger image and passed on the others, in native code.
         batch_norms: the shapes of the maps that our kernels normalized in training.
     """
 
     calls: list[tuple[str, Problem]] = field(default_factory=list)
     fused: list[FusedCall] = field(default_factory=list)
     pointwise_grads: list[PointwiseGradCall] = field(default_factory=list)
+    partial: list[PartialCall] = field(default_factory=list)
     batch_norms: list[tuple[int, ...]] = field(default_factory=list)
 
     def backends(self, op: str | None = None) -> list[str]:
@@ -112,6 +127,13 @@ def record_pointwise_grad(call: PointwiseGradCall) -> None:
     with _LOCK:
         for open_trace in OPEN_TRACES:
             open_trace.pointwise_grads.append(call)
+
+
+def record_partial(call: PartialCall) -> None:
+    """Add a native call for some channels to every open trace."""
+    with _LOCK:
+        for open_trace in OPEN_TRACES:
+            open_trace.partial.append(call)
 
 
 def record_batch_norm(shape: tuple[int, ...]) -> None:

@@ -28,6 +28,7 @@ class NativeCall(NamedTuple):
         scale: address of factors of the result; None for none.
         shift: address of summands of the result; None for none.
         relu: whether ReLU is applied to the result.
+        partial: the C structure with the channels that are read; None for all.
     """
 
     kind: int
@@ -43,6 +44,7 @@ class NativeCall(NamedTuple):
     scale: int | None = None
     shift: int | None = None
     relu: bool = False
+    partial: Any = None
 
 
 @dataclass

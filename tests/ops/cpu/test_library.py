@@ -43,7 +43,7 @@ int32_t wk_bind_openmp(const char *) { return 0; }
 int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
 int32_t wk_depthwise_sum_at(const wk_sum *, const void *, void *, const float *const *, const float *, const float *,
-                            int32_t) { return WK_BAD_ARGUMENT; }
+                            int32_t, const wk_partial *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_branches_at(const wk_sum *, const void *const *, void *const *, const float *const *) { return WK_OK; }
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *, const void *, const void *, float *) { return WK_BAD_ARGUMENT; }
 void wk_sum_workspace(const wk_sum *, int64_t *, int64_t *) {}
@@ -313,6 +313,7 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_tensor": library.Tensor,
         "wk_pass": library.Pass,
         "wk_rect": library.Rect,
+        "wk_partial": library.Partial,
         "wk_sum": library.Sum,
         "wk_weight_grad": library.WeightGrad,
         "wk_pointwise_weights": library.PointwiseWeights,

@@ -9,6 +9,7 @@ import torch
 from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.costs import costs_of
+from widekernel.ops.cpu.partial import PreparedPartialSum
 from widekernel.ops.cpu.plan import BRANCHES, plan, reason_for_pytorch
 from widekernel.ops.cpu.prepared import DTYPES, PreparedSum, PreparedWeightGrad
 from widekernel.ops.empty import EMPTY
@@ -56,6 +57,11 @@ class NativeBackend(Backend):
             DEPTHWISE_SUM_OF_BRANCHES: prepared.sum_of_branches,
         }
         return operators[problem.op]
+
+    def prepare_partial(self, problem: Problem) -> PreparedPartialSum:
+        """Prepare the calls that compute a sum of some channels of a larger image; the problem is that of these channels."""
+        loaded = library.load()
+        return PreparedPartialSum(problem, plan(problem, torch.get_num_threads(), loaded.lanes, costs_of(loaded.isa)))
 
     def describe(self, problem: Problem) -> str:
         """Describe the passes, threads and working memory."""

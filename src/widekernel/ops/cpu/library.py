@@ -26,7 +26,7 @@ from typing import Any
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu.openmp import openmp_runtime
 
-ABI = 5
+ABI = 6
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -48,30 +48,35 @@ class NativeMissingError(WidekernelError, RuntimeError):
     """The environment requires the native library, and it cannot run."""
 
 
+def _each(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class Tensor(ctypes.Structure):
     """An image tensor: address, and strides in elements."""
 
-    _fields_ = [("data", Address), *((name, ctypes.c_int64) for name in ("image", "channel", "row", "column"))]
+    _fields_ = [("data", Address), *_each(ctypes.c_int64, "image", "channel", "row", "column")]
 
 
 class Pass(ctypes.Structure):
     """A kernel as executed."""
 
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method", "dilation", "input", "output")
-    ]
+    _fields_ = _each(ctypes.c_int32, "rows", "columns", "row", "column", "method", "dilation", "input", "output")
 
 
 class Rect(ctypes.Structure):
     """A kernel of the caller, and the pass that it is merged into."""
 
-    _fields_ = [
-        ("taps", Address),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation", "pass")),
-    ]
+    _fields_ = [("taps", Address), *_each(ctypes.c_int32, "rows", "columns", "row", "column", "dilation", "pass")]
 
 
-_COMMON = [(name, ctypes.c_int32) for name in ("dtype", "threads", "images", "channels", "height", "width")]
+class Partial(ctypes.Structure):
+    """The channels of the image that a sum is computed of, and the others."""
+
+    _fields_ = [*_each(ctypes.c_int32, "inputs", "others"), *_each(Address, "selected", "other", "scale", "shift")]
+
+
+_COMMON = _each(ctypes.c_int32, "dtype", "threads", "images", "channels", "height", "width")
 
 
 class Sum(ctypes.Structure):
@@ -79,19 +84,15 @@ class Sum(ctypes.Structure):
 
     _fields_ = [
         *_COMMON,
-        ("x", Tensor),
-        ("y", Tensor),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("xs", ctypes.POINTER(Address)),
-        ("ys", ctypes.POINTER(Address)),
-        ("passes", ctypes.c_int32),
-        ("rects", ctypes.c_int32),
+        *_each(Tensor, "x", "y"),
+        *_each(ctypes.c_int32, "inputs", "outputs"),
+        *_each(ctypes.POINTER(Address), "xs", "ys"),
+        *_each(ctypes.c_int32, "passes", "rects"),
         ("pass", ctypes.POINTER(Pass)),
         ("rect", ctypes.POINTER(Rect)),
-        ("scale", Address),
-        ("shift", Address),
+        *_each(Address, "scale", "shift"),
         ("relu", ctypes.c_int32),
+        ("partial", ctypes.POINTER(Partial)),
     ]
 
 
@@ -100,31 +101,30 @@ class WeightGrad(ctypes.Structure):
 
     _fields_ = [
         *_COMMON,
-        ("x", Tensor),
-        ("grad", Tensor),
+        *_each(Tensor, "x", "grad"),
         ("pass", Pass),
         ("taps", Address),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation")),
+        *_each(ctypes.c_int32, "rows", "columns", "row", "column", "dilation"),
     ]
 
 
 class PatchGeometry(ctypes.Structure):
     """The patches of a convolution; all zero for none."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row_stride", "column_stride", "top", "left")]
+    _fields_ = _each(ctypes.c_int32, "rows", "columns", "row_stride", "column_stride", "top", "left")
 
 
 class PointwiseWeights(ctypes.Structure):
     """The weights that `wk_pointwise_pack` packs."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("type", "inputs", "hidden", "outputs", "activation", "normalize")),
+        *_each(ctypes.c_int32, "type", "inputs", "hidden", "outputs", "activation", "normalize"),
         ("eps", ctypes.c_float),
-        *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+        *_each(Address, "first", "first_bias", "second", "second_bias"),
         ("patch", PatchGeometry),
         ("normalize_after", ctypes.c_int32),
         ("after_eps", ctypes.c_float),
-        *((name, Address) for name in ("after_scale", "after_shift", "response")),
+        *_each(Address, "after_scale", "after_shift", "response"),
         ("response_eps", ctypes.c_float),
     ]
 
@@ -133,9 +133,9 @@ class PointwiseCall(ctypes.Structure):
     """A call of `wk_pointwise_run`."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
-        *((name, Tensor) for name in ("x", "residual", "y")),
-        *((name, ctypes.c_int32) for name in ("x_height", "x_width")),
+        *_each(ctypes.c_int32, "threads", "images", "height", "width"),
+        *_each(Tensor, "x", "residual", "y"),
+        *_each(ctypes.c_int32, "x_height", "x_width"),
         ("factors", Address),
     ]
 
@@ -144,10 +144,10 @@ class Gate(ctypes.Structure):
     """A call of `wk_gate_run`."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width")),
+        *_each(ctypes.c_int32, "threads", "images", "channels", "height", "width"),
         ("x", Tensor),
-        *((name, ctypes.c_int32) for name in ("hidden", "activation")),
-        *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "y")),
+        *_each(ctypes.c_int32, "hidden", "activation"),
+        *_each(Address, "first", "first_bias", "second", "second_bias", "y"),
     ]
 
 
@@ -161,10 +161,10 @@ class Step(ctypes.Structure):
     """One of several calls that `wk_run_steps` makes."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "relu")),
-        *((name, Address) for name in ("call", "packed")),
-        *((name, Place) for name in ("x", "factors", "residual", "y")),
-        *((name, Address) for name in ("taps", "scale", "shift")),
+        *_each(ctypes.c_int32, "kind", "relu"),
+        *_each(Address, "call", "packed"),
+        *_each(Place, "x", "factors", "residual", "y"),
+        *_each(Address, "taps", "scale", "shift", "partial"),
     ]
 
 
@@ -178,9 +178,9 @@ class PointwiseGrad(ctypes.Structure):
     """A call of `wk_pointwise_weight_grad`."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width", "inputs", "outputs")),
-        *((name, Tensor) for name in ("x", "grad")),
-        *((name, Address) for name in ("weight", "bias")),
+        *_each(ctypes.c_int32, "threads", "images", "height", "width", "inputs", "outputs"),
+        *_each(Tensor, "x", "grad"),
+        *_each(Address, "weight", "bias"),
     ]
 
 
@@ -188,11 +188,11 @@ class BatchNorm(ctypes.Structure):
     """A call of `wk_batch_norm_run`."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width", "backward")),
-        *((name, Tensor) for name in ("x", "grad", "y")),
-        *((name, Address) for name in ("weight", "bias")),
+        *_each(ctypes.c_int32, "threads", "images", "channels", "height", "width", "backward"),
+        *_each(Tensor, "x", "grad", "y"),
+        *_each(Address, "weight", "bias"),
         ("eps", ctypes.c_float),
-        *((name, Address) for name in ("mean", "variance", "factor", "weight_grad", "bias_grad")),
+        *_each(Address, "mean", "variance", "factor", "weight_grad", "bias_grad"),
     ]
 
 
@@ -206,7 +206,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_bind_openmp": (_int32, [_text]),
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
-    "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address, Address, Address, _int32]),
+    "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), *[Address] * 5, _int32, Address]),
     "wk_depthwise_branches_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address]),
     "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),

@@ -74,7 +74,7 @@ class PreparedSum:
         if bias is not None:
             bias = _floats(bias)
             shift = bias.data_ptr()
-        error = self._run(call.description, x.data_ptr(), y.data_ptr(), addresses, factor, shift, relu)
+        error = self._run(call.description, x.data_ptr(), y.data_ptr(), addresses, factor, shift, relu, None)
         if error:
             self._library.check(error)
         if recording.OPEN:
@@ -112,14 +112,16 @@ class PreparedSum:
 
     def _call(self, x: Tensor) -> _SumCall:
         layout = memory_format(x)
-        y = torch.empty_like(x, memory_format=layout, device="meta")
+        return self._prepared_call(x, torch.empty_like(x, memory_format=layout, device="meta"), layout)
+
+    def _prepared_call(self, x: Tensor, y: Tensor, layout: torch.memory_format) -> _SumCall:
         return _SumCall(ctypes.byref(self._description(x, y)), layout)
 
     def _description(self, x: Tensor, y: Tensor) -> native.Sum:
         images = [_image(x), _image(y)]
         ends = self._inputs, self._outputs, None, None
         parts = (len(self._passes), len(self._rects), self._passes, self._rects)
-        return native.Sum(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, *ends, *parts)
+        return native.Sum(DTYPES[x.dtype], self.plan.threads, *self.problem.shape, *images, *ends, *parts)
 
 
 class PreparedWeightGrad:

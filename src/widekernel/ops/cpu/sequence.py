@@ -49,7 +49,7 @@ class Sequence:
         places, self._space = _places(calls, x)
         self._steps = (native.Step * len(calls))(*[_step(call, places) for call in calls])
         # What the steps point to, and the shapes of the results. The tensors of the recording are not kept.
-        self._kept = [(call.owner, call.call, call.taps, call.values) for call in calls]
+        self._kept = [(call.owner, call.call, call.taps, call.partial, call.values) for call in calls]
         self._shapes = [tuple(call.y.shape) for call in calls]
         self._shape, self._strides = tuple(y.shape), y.stride()
         self._events = recorded.events
@@ -143,7 +143,9 @@ def _step(call: NativeCall, places: dict[int, native.Place]) -> native.Step:
         raise UnrecordableError("a native call reads what none before it has written")
     address = ctypes.addressof(call.call._obj)
     taps = None if call.taps is None else ctypes.addressof(call.taps)
-    return native.Step(call.kind, call.relu, address, call.packed, x, factors, residual, y, taps, call.scale, call.shift)
+    partial = None if call.partial is None else ctypes.addressof(call.partial)
+    places_of_values = (x, factors, residual, y)
+    return native.Step(call.kind, call.relu, address, call.packed, *places_of_values, taps, call.scale, call.shift, partial)
 
 
 def _bytes(x: Tensor) -> int:

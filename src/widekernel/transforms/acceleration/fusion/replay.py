@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels
 from widekernel.ops import dispatch
 from widekernel.ops.cpu.sequence import Sequence, UnrecordableError
 from widekernel.ops.eager import TENSOR_TYPES, is_ordinary_call
 from widekernel.ops.recording import recording
+from widekernel.transforms.acceleration.fusion.guards import HOOKS
 
 _MOST = 64
 """Number of shapes whose native calls are kept."""
-_COMPUTING = (DepthwiseConv2d, FoldedLargeKernel)
+_COMPUTING = (DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels)
 
 
 def is_replayable(layer: nn.Module) -> bool:
@@ -97,14 +98,17 @@ class Replay:
 class _Layers:
     """The attributes and the tensors of layers at one time. Values in memory may change, because calls read them there."""
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         self._parts = tuple(part for layer in layers for part in layer.modules())
         self._kinds = list(map(type, self._parts))
-        self._held = [held for part in self._parts for held in (vars(part), part._parameters, part._modules)]
+        self._held = [held for part in self._parts for held in (vars(part), part._parameters, part._buffers, part._modules)]
+        # Guards see the hooks of layers, but not those of the layers inside.
+        inside = [part for part in self._parts if type(part) in _COMPUTING and part not in layers]
+        self._held += [vars(part)[key] for part in inside for key in HOOKS]
         self._lengths = list(map(len, self._held))
         self._values = tuple(chain.from_iterable(map(dict.values, self._held)))
-        parameters = (part._parameters.values() for part in self._parts)
-        self._tensors = tuple(tensor for tensor in chain.from_iterable(parameters) if tensor is not None)
+        tensors = (held.values() for part in self._parts for held in (part._parameters, part._buffers))
+        self._tensors = tuple(tensor for tensor in chain.from_iterable(tensors) if tensor is not None)
         self._places = self._present_places()
 
     def are_unchanged(self) -> bool:
@@ -118,4 +122,9 @@ class _Layers:
 
     def _present_places(self) -> list[Any]:
         tensors = self._tensors
-        return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors), *map(type, tensors)]
+        return [
+            *map(Tensor.data_ptr, tensors),
+            *map(Tensor.stride, tensors),
+            *map(Tensor.numel, tensors),
+            *map(type, tensors),
+        ]
