@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -139,6 +140,7 @@ LEFT_TO_PYTORCH = {
     "a cumulative average": (nn.BatchNorm2d(ENOUGH, momentum=None), "cumulative"),
     "float64": (norm_of(ENOUGH).double(), "float32"),
     "statistics without updates": (changed(lambda norm: setattr(norm, "track_running_stats", False)), "without updates"),
+    "one place": (changed(lambda norm: setattr(norm, "running_mean", torch.zeros(1).expand(ENOUGH))), "place of its own"),
     "no count": (changed(lambda norm: setattr(norm, "num_batches_tracked", None)), "only some statistics"),
 }
 
@@ -153,6 +155,30 @@ def test_norms_that_are_left_to_pytorch(name: str) -> None:
         got, want = fast(x), copy.deepcopy(norm)(x)
     assert torch.equal(got, want)
     assert trace.batch_norms == []
+
+
+def test_a_divisor_of_zero_is_left_to_pytorch() -> None:
+    norm = ours(nn.BatchNorm2d(ENOUGH, eps=0.0))
+    assert "eps is 0.0" in norm.reasons_against()[0]
+    # An error in some versions of PyTorch.
+    with ops.trace() as trace, contextlib.suppress(ValueError):
+        norm(torch.randn(2, ENOUGH, 4, 4))
+    assert trace.batch_norms == []
+
+
+def test_saved_tensors_may_come_back_in_another_form() -> None:
+    norm, x = norm_of(ENOUGH), torch.randn(3, ENOUGH, 4, 5)
+    changes: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t.mT.contiguous().mT if t.dim() == 4 else t,
+        lambda t: t if t.dim() == 4 else t.repeat_interleave(2)[::2],
+        lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    ]
+    want = results(norm, x, torch.ones_like(x).cumsum(0))
+    for change in changes:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            got = results(ours(norm), x, torch.ones_like(x).cumsum(0))
+        for value, expected in zip(got[:4], want[:4]):
+            assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_run() -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.transforms.acceleration import replace_measurement
+from widekernel.ops.cpu.sequence import Sequence
 from widekernel.ops.pointwise_reference import ReferenceBlock
 from widekernel.transforms.acceleration import swapping, timing
 from widekernel.transforms.acceleration.fusion import fused, packing
@@ -40,3 +42,17 @@ def packs_lower(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (fused, swapping):
             monkeypatch.setattr(module, "missing", lambda _="": None)
         monkeypatch.setattr(fused, "pack", lambda weights, precision: ReferenceBlock(*weights, precision))
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list of the number of native calls of every sequence that runs."""
+    counts: list[int] = []
+    original = Sequence.__call__
+
+    def call(sequence: Sequence, x: Tensor) -> Tensor:
+        counts.append(len(sequence))
+        return original(sequence, x)
+
+    monkeypatch.setattr(Sequence, "__call__", call)
+    return counts

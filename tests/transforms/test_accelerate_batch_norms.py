@@ -69,6 +69,14 @@ def test_slower_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(model[1]) is nn.BatchNorm2d
 
 
+@needs_native
+def test_one_value_for_each_channel_cannot_be_timed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(CHANNELS)).train()
+    _, report = accelerate(model, torch.randn(1, 3, 8, 8))
+    assert report["2"].reason == "the example gives it one value for each channel, which has no variance"
+    assert type(model[2]) is nn.BatchNorm2d
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight

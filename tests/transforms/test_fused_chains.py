@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,62 +12,21 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
-from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, randomized
+from tests.transforms.chains import assert_right, by_blocks, chained, image
+from tests.transforms.fusion import ByHand, Convolutional, calls_of
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d, LargeKernel, PartialChannels, Rectangles
 from widekernel.ops import recording
 from widekernel.ops.call_trace import PartialCall
-from widekernel.ops.cpu.sequence import Sequence
 from widekernel.transforms import to_torch
 from widekernel.transforms.acceleration.fusion import FusedChain, packing, unfused
 
 needs_library = pytest.mark.skipif(packing.missing() is not None, reason="the native library cannot run")
 pytestmark = pytest.mark.usefixtures("always_faster", "packs")
-
-
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list of the number of native calls of every sequence that runs."""
-    counts: list[int] = []
-    original = Sequence.__call__
-
-    def call(sequence: Sequence, x: Tensor) -> Tensor:
-        counts.append(len(sequence))
-        return original(sequence, x)
-
-    monkeypatch.setattr(Sequence, "__call__", call)
-    return counts
-
-
-def image(batch: int = 2, height: int = 9) -> Tensor:
-    return torch.randn(batch, 12, height, 12).contiguous(memory_format=torch.channels_last)
-
-
-def chained(*kinds: Callable[[], nn.Module]) -> Any:
-    model = randomized(nn.Sequential(*(kind() for kind in kinds or (ByHand, Convolutional, ByHand))))
-    fused(model, image())
-    assert type(model) is FusedChain
-    calls_of(model, image())
-    return model
-
-
-def by_blocks(model: nn.Module, x: Tensor) -> Tensor:
-    """Run the own code of every block."""
-    with torch.no_grad():
-        for block in model.children():
-            x = nn.Module.__call__(block, x)
-    return x
-
-
-def assert_right(model: nn.Module, x: Tensor) -> None:
-    got, _ = calls_of(model, x)
-    want = by_blocks(model, x)
-    assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
-    assert got.stride() == want.stride()
 
 
 @needs_library
@@ -226,11 +186,33 @@ def _shorter(model: Any) -> None:
     del model[2]
 
 
+def _smaller_data(model: Any) -> None:
+    model[0].mixer.weight.data = model[0].mixer.weight.data[:, :, :, :1].expand(-1, -1, -1, 3)
+
+
+def _turned_and_grown(model: Any) -> None:
+    _turned_data(model)
+    calls_of(model, image())
+    _grow_kernel(model)
+
+
+def _strided_bias_and_shrunk(model: Any) -> None:
+    model[2].mixer.bias = nn.Parameter(torch.randn(24)[::2])
+    calls_of(model, image())
+    with torch.no_grad():
+        model[2].mixer.bias.mul_(-5)
+
+
+def _negative_kernel(model: Any) -> None:
+    model[0].mixer.weight.data = torch._neg_view(model[0].mixer.weight.data)
+
+
 def _training(model: Any) -> None:
     model[1].train()
 
 
 CHANGES = (_grow_kernel, _new_data, _turned_data, _new_parameter, _no_bias, _dilated, _grow_weight, _other_block)
+CHANGES += (_smaller_data, _turned_and_grown, _strided_bias_and_shrunk, _negative_kernel)
 CHANGES += (_own_class, _forward_of_instance, _shorter)
 
 
@@ -247,7 +229,7 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from([*CHANGES[:7], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
+@given(st.lists(st.sampled_from([*CHANGES[:10], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
 def test_any_changes_in_turn(changes: list[Any], size: tuple[int, int]) -> None:
     model = chained()
     for change in changes:
@@ -307,12 +289,18 @@ def test_state_dict_is_the_same() -> None:
 
 @needs_library
 def test_a_recording_sees_only_its_own_thread() -> None:
-    layer = DepthwiseConv2d(4, 4, 3, padding=1, groups=4)
+    layer, x = DepthwiseConv2d(4, 4, 3, padding=1, groups=4), torch.randn(1, 4, 5, 5)
+    in_other: list[int] = []
+
+    def other() -> None:
+        with torch.no_grad(), recording.recording() as made:
+            layer(x)
+        in_other.append(len(made.calls))
+
     with torch.no_grad(), recording.recording() as outer:
-        layer(torch.randn(1, 4, 5, 5))
-        other = recording.Recording(thread=-1)
-        recording.OPEN.append(other)
-        layer(torch.randn(1, 4, 5, 5))
-        recording.OPEN.remove(other)
-    assert len(outer.calls) == 2
-    assert other.calls == []
+        layer(x)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        layer(x)
+    assert (len(outer.calls), in_other) == (2, [1])

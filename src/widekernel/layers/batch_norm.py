@@ -75,16 +75,19 @@ def reasons_against_native(norm: nn.BatchNorm2d) -> list[str]:
     reasons = [] if reason is None else [reason]
     if norm.momentum is None:
         reasons.append("its statistics are cumulative averages")
+    if norm.eps <= 0:
+        reasons.append(f"its eps is {norm.eps}, which does not keep the divisor from being 0")
     statistics = {value is not None for value in (norm.running_mean, norm.running_var, norm.num_batches_tracked)}
     if statistics != {norm.track_running_stats}:
         reasons.append("it keeps only some statistics, or keeps them without updates")
     values = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
     if not all(value is None or _fits(value, norm.num_features) for value in values):
-        reasons.append("its parameters or statistics are not plain float32 tensors on the CPU, one number for each channel")
+        what = "plain float32 tensors on the CPU, one number for each channel in a place of its own"
+        reasons.append(f"its parameters or statistics are not {what}")
     return reasons
 
 
 def _fits(value: Tensor, channels: int) -> bool:
-    """Return whether a parameter or a statistic of a norm is one plain number for each channel."""
-    plain = are_ordinary(value) and value.device.type == "cpu"
-    return plain and value.dtype is torch.float32 and value.shape == (channels,)
+    """Return whether a parameter or a statistic of a norm is one plain number for each channel, in a place of its own."""
+    plain = are_ordinary(value) and value.device.type == "cpu" and value.dtype is torch.float32
+    return plain and value.shape == (channels,) and (channels == 1 or value.stride(0) != 0)

@@ -93,14 +93,20 @@ class _BatchNorm(torch.autograd.Function):
             return None, None, None, None
         x, weight, *found = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or has_batched_gradients(grad) or not is_unobserved_call() or not are_ordinary(grad):
-            # PyTorch's gradients have derivatives of their own, and rules for transforms.
+        observed = torch.is_grad_enabled() or has_batched_gradients(grad) or not is_unobserved_call()
+        layout = native.layout_of(x)
+        are_plain = x.dtype is torch.float32 and all(map(_is_contiguous_float, (weight, *found)))
+        if observed or not are_ordinary(grad) or layout is None or not are_plain:
+            # PyTorch's gradients have derivatives of their own, rules for transforms, and take what hooks on saved tensors
+            # have made of these.
             backward = torch.ops.aten.native_batch_norm_backward
             saved = found[0], found[2]
             parts = backward(grad, x, weight, None, None, *saved, True, ctx.eps, [*wanted[:1], True, True])
         else:
-            layout = native.layout_of(x)
-            assert layout is not None
             grad = grad.resolve_neg().contiguous(memory_format=layout)
             parts = native.batch_norm_backward(grad, x, weight, native.Statistics(*found))
         return *(part if needed else None for part, needed in zip(parts, wanted)), None
+
+
+def _is_contiguous_float(values: Tensor | None) -> bool:
+    return values is None or (values.dtype is torch.float32 and values.is_contiguous())

@@ -17,6 +17,7 @@ from widekernel.ops.backends.native import NativeBackend
 from widekernel.ops.backends.reference import ReferenceBackend
 from widekernel.ops.backends.torch_conv import TorchConvBackend
 from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.cpu import library
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_WEIGHT_GRAD, Problem, allows_tf32, in_layout
 
 MOST_CHOICES = 4096
@@ -118,7 +119,7 @@ def dispatch_key(op: str, x: Tensor, *details: Hashable) -> tuple[Hashable, ...]
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if x.is_cuda:  # a machine may have several kinds of GPU
         return op, x.shape, x.dtype, last, x.device, allows_tf32(x), *details
-    return op, x.shape, x.dtype, last, x.device, torch.get_num_threads(), *details
+    return op, x.shape, x.dtype, last, x.device, torch.get_num_threads(), library.load().isa, *details
 
 
 def choose(key: Hashable, problem: Problem, backend: str | None) -> BackendChoice:

@@ -1,4 +1,4 @@
-"""Recordings: native calls with their tensors, in the order in which they were made, to be made again without Python."""
+"""Recordings: native calls, in the order in which they were made, to be made again without Python."""
 
 from __future__ import annotations
 
@@ -9,6 +9,31 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that a native call has read or written. It does not keep the memory, which may hold another tensor later.
+
+    Values are equal if they begin at the same address of the same memory.
+
+    Attributes:
+        memory: a weak reference to the memory, which differs from that to any other, even if the address is used again.
+        address: the address.
+        shape: the shape.
+        size: the bytes of the elements.
+    """
+
+    memory: StorageWeakRef
+    address: int
+    shape: tuple[int, ...] = field(compare=False)
+    size: int = field(compare=False)
+
+    @classmethod
+    def of(cls, x: Tensor) -> Value:
+        """Describe a tensor."""
+        return cls(StorageWeakRef(x.untyped_storage()), x.data_ptr(), tuple(x.shape), x.numel() * x.element_size())
 
 
 class NativeCall(NamedTuple):
@@ -24,7 +49,7 @@ class NativeCall(NamedTuple):
         factors: what the pixels of each image are multiplied by; None for none.
         residual: what is added to the result; None for none.
         taps: array of the addresses of its kernels; None for none.
-        values: the tensors at the addresses that do not change from call to call: kernels, factors and summands.
+        constants: the tensors at the addresses that do not change from call to call: kernels, factors and summands.
         scale: address of factors of the result; None for none.
         shift: address of summands of the result; None for none.
         relu: whether ReLU is applied to the result.
@@ -34,13 +59,13 @@ class NativeCall(NamedTuple):
     kind: int
     owner: Any
     call: Any
-    x: Tensor
-    y: Tensor
+    x: Value
+    y: Value
     packed: Any = None
-    factors: Tensor | None = None
-    residual: Tensor | None = None
+    factors: Value | None = None
+    residual: Value | None = None
     taps: Any = None
-    values: tuple[Tensor, ...] = ()
+    constants: tuple[Tensor, ...] = ()
     scale: int | None = None
     shift: int | None = None
     relu: bool = False
@@ -69,7 +94,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record the native calls that this thread makes inside the block, and keep their tensors until it ends."""
+    """Record the native calls that this thread makes inside the block."""
     made = Recording(threading.get_ident())
     with _LOCK:
         OPEN.append(made)

@@ -61,7 +61,16 @@ class PreparedPartialSum(PreparedSum):
             raise ArgumentError(f"the channels selected and others must lie in 0..{inputs - 1}, those of the image")
         self._library.check(error)
         if recording.OPEN:
-            values = (*kernels, bias, *tables)
-            made = (native.DEPTHWISE_STEP, self, call.description, x, y, None, None, None, taps, values)
-            recording.note(recording.NativeCall(*made, shift=where, partial=partial))
+            made = recording.NativeCall(
+                kind=native.DEPTHWISE_STEP,
+                owner=self,
+                call=call.description,
+                x=recording.Value.of(x),
+                y=recording.Value.of(y),
+                taps=taps,
+                constants=(*kernels, bias, *tables),
+                shift=where,
+                partial=partial,
+            )
+            recording.note(made)
         return y

@@ -78,9 +78,19 @@ class PreparedSum:
         if error:
             self._library.check(error)
         if recording.OPEN:
-            values = (*taps, *[value for value in (scale, bias) if value is not None])
-            made = (native.DEPTHWISE_STEP, self, call.description, x, y, None, None, None, addresses, values)
-            recording.note(recording.NativeCall(*made, factor, shift, relu))
+            made = recording.NativeCall(
+                kind=native.DEPTHWISE_STEP,
+                owner=self,
+                call=call.description,
+                x=recording.Value.of(x),
+                y=recording.Value.of(y),
+                taps=addresses,
+                constants=(*taps, *[values for values in (scale, bias) if values is not None]),
+                scale=factor,
+                shift=shift,
+                relu=relu,
+            )
+            recording.note(made)
         return y
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:

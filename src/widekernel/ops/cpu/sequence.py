@@ -7,7 +7,7 @@ functions takes tens of microseconds. A sequence needs Python only once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from widekernel.ops import call_trace
 from widekernel.ops.cpu import library as native
-from widekernel.ops.recording import NativeCall, Recording
+from widekernel.ops.recording import NativeCall, Recording, Value
 
 _X, _Y, _SPACE = range(3)
 """The bases of addresses: the input, the result, and the memory for all other values."""
@@ -35,22 +35,27 @@ class Sequence:
         recorded: the calls that were made, and all that led from `x` to `y`.
         x: the input.
         y: the result.
+        addresses: the addresses from which the calls may read kernels, factors and summands every time. Whoever calls the
+            sequence must know that the tensors there have kept their place, shape, strides and type.
 
     Raises:
-        UnrecordableError: if a call reads what no call before has written, or `y` is not the result of the last one.
+        UnrecordableError: if a call reads what no call before has written, or a kernel, factor or summand lies at another
+            address, such as a copy of it; or if `y` is not the result of the last call.
     """
 
-    def __init__(self, recorded: Recording, x: Tensor, y: Tensor) -> None:
-        calls = recorded.calls
-        if not calls or y.data_ptr() != calls[-1].y.data_ptr() or _bytes(y) != _bytes(calls[-1].y):
+    def __init__(self, recorded: Recording, x: Tensor, y: Tensor, addresses: Container[int]) -> None:
+        calls, result = recorded.calls, Value.of(y)
+        if not calls or result != calls[-1].y or result.size != calls[-1].y.size:
             raise UnrecordableError("the result is not that of the last native call")
+        if not all(tensor.data_ptr() in addresses for call in calls for tensor in call.constants):
+            raise UnrecordableError("a native call reads a copy of a kernel or bias, which does not follow later changes")
         self._library = native.load()
         self._run = self._library.calls.wk_run_steps
-        places, self._space = _places(calls, x)
+        places, self._space = _places(calls, Value.of(x))
         self._steps = (native.Step * len(calls))(*[_step(call, places) for call in calls])
-        # What the steps point to, and the shapes of the results. The tensors of the recording are not kept.
-        self._kept = [(call.owner, call.call, call.taps, call.partial, call.values) for call in calls]
-        self._shapes = [tuple(call.y.shape) for call in calls]
+        # What the steps point to, and the shapes of the results.
+        self._kept = [(call.owner, call.call, call.taps, call.partial, call.constants) for call in calls]
+        self._shapes = [call.y.shape for call in calls]
         self._shape, self._strides = tuple(y.shape), y.stride()
         self._events = recorded.events
 
@@ -102,52 +107,42 @@ class Sequence:
         return y, (native.Address * 3)(x.data_ptr(), y.data_ptr(), space.data_ptr()), space
 
 
-def _places(calls: list[NativeCall], x: Tensor) -> tuple[dict[int, native.Place], int]:
-    """Find a place for every value; return these by the values' addresses in the recording, and the bytes of all.
+def _places(calls: list[NativeCall], x: Value) -> tuple[dict[Value, native.Place], int]:
+    """Find a place for every value; return the places, and the bytes of all.
 
     A value takes the first gap among those that are still needed when it is computed.
     """
-    last = {}
-    for i, call in enumerate(calls):
-        for read in (call.x, call.factors, call.residual):
-            if read is not None:
-                last[read.data_ptr()] = i
-    places = {x.data_ptr(): native.Place(_X, 0)}
+    last = {read: i for i, call in enumerate(calls) for read in (call.x, call.factors, call.residual) if read is not None}
+    places = {x: native.Place(_X, 0)}
     taken: list[tuple[int, int, int]] = []
     space = 0
     for i, call in enumerate(calls):
-        address, size = call.y.data_ptr(), -(-_bytes(call.y) // _ALIGNMENT) * _ALIGNMENT
-        if address in places:
+        if call.y in places:
             raise UnrecordableError("two native calls have written to the same place")
         if i == len(calls) - 1:
-            places[address] = native.Place(_Y, 0)
+            places[call.y] = native.Place(_Y, 0)
             break
+        size = -(-call.y.size // _ALIGNMENT) * _ALIGNMENT
         taken = sorted(entry for entry in taken if entry[2] >= i)
         start = 0
         for begin, end, _ in taken:
             if start + size <= begin:
                 break
             start = end
-        places[address] = native.Place(_SPACE, start)
-        taken.append((start, start + size, last.get(address, i)))
+        places[call.y] = native.Place(_SPACE, start)
+        taken.append((start, start + size, last.get(call.y, i)))
         space = max(space, start + size)
     return places, space
 
 
-def _step(call: NativeCall, places: dict[int, native.Place]) -> native.Step:
+def _step(call: NativeCall, places: dict[Value, native.Place]) -> native.Step:
     x, factors, residual, y = (
-        _NOWHERE if value is None else places.get(value.data_ptr())
-        for value in (call.x, call.factors, call.residual, call.y)
+        _NOWHERE if value is None else places.get(value) for value in (call.x, call.factors, call.residual, call.y)
     )
     if None in (x, factors, residual):
         raise UnrecordableError("a native call reads what none before it has written")
     address = ctypes.addressof(call.call._obj)
     taps = None if call.taps is None else ctypes.addressof(call.taps)
     partial = None if call.partial is None else ctypes.addressof(call.partial)
-    places_of_values = (x, factors, residual, y)
-    return native.Step(call.kind, call.relu, address, call.packed, *places_of_values, taps, call.scale, call.shift, partial)
-
-
-def _bytes(x: Tensor) -> int:
-    """Return the bytes of a tensor without gaps in memory."""
-    return x.numel() * x.element_size()
+    of_values = (x, factors, residual, y)
+    return native.Step(call.kind, call.relu, address, call.packed, *of_values, taps, call.scale, call.shift, partial)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion.calls import reasons_against_call
 from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.fused import (
     compared,
     fused_class,
     planned,
-    reasons_against_call,
     reasons_against_fusing,
 )
 from widekernel.transforms.acceleration.fusion.graph import is_product, may_own

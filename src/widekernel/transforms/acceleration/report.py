@@ -62,6 +62,7 @@ class AccelerationReport:
         blocks: one report per block of which parts can be fused; the times include the layers of the block.
         precision: type of the factors of products in fused blocks.
         outputs: how the outputs of the network have changed on the example; None in float32.
+        chains: names of the containers whose members are all fused blocks, which one native call can compute together.
     """
 
     layers: tuple[LayerAcceleration, ...]
@@ -70,6 +71,7 @@ class AccelerationReport:
     blocks: tuple[LayerAcceleration, ...] = ()
     precision: str = "float32"
     outputs: OutputDeviation | None = None
+    chains: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> tuple[LayerAcceleration, ...]:
@@ -101,6 +103,7 @@ class AccelerationReport:
             "blocks": [block.to_dict() for block in self.blocks],
             "swapped": len(self.swapped),
             "fused": len(self.fused),
+            "chains": list(self.chains),
             "milliseconds_before": before,
             "milliseconds_after": now,
             "backward": self.backward,
@@ -116,6 +119,9 @@ class AccelerationReport:
             lower = self.precision != "float32"
             what = f"blocks fused in {self.precision}" if lower else "blocks fused"
             lines = [*_table("block", self.blocks, lower), self._summary(what, self.blocks, False), ""]
+        if self.chains:
+            names = ", ".join(name or "(itself)" for name in self.chains)
+            lines[-1:] = [f"Fused blocks in a row, each chain for one native call: {names}.", ""]
         if self.outputs is not None:
             lines[-1:] = [str(self.outputs), ""]
         lines += [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]

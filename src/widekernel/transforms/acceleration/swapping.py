@@ -87,7 +87,8 @@ def accelerate(
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
     backward = any(trains(candidate.layer) for candidate in found)
     of_blocks = tuple(trial.row for trial in trials)
-    return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
+    threads = torch.get_num_threads()
+    return model, AccelerationReport(tuple(rows), backward, threads, of_blocks, precision, outputs, chain(model))
 
 
 def _swap_by_example(
@@ -109,7 +110,6 @@ def _swap_by_example(
                 trials = with_former_plans(outdated, trials, precision)
                 if precision != "float32":
                     outputs = OutputDeviation.of(before, outputs_of(model, example_input))
-    chain(model)
     return rows, trials, outputs
 
 
@@ -210,7 +210,7 @@ def _with_example(candidate: Candidate, seen: Counter[InputSpec | str]) -> Layer
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
     calls = seen.total()
-    reason = unmeasurable(seen)
+    reason = unmeasurable(seen) or _without_variance(candidate, seen)
     if reason:
         return LayerAcceleration(candidate.name, before, None, reason, calls)
     total = Timing(0.0, 0.0)
@@ -219,6 +219,15 @@ def _with_example(candidate: Candidate, seen: Counter[InputSpec | str]) -> Layer
         time = _time(candidate, spec)
         total = Timing(total.before + count * time.before, total.after + count * time.after)
     return _row(candidate, before, total.is_gain, "" if total.is_gain else "not faster", calls, total)
+
+
+def _without_variance(candidate: Candidate, seen: Counter[InputSpec | str]) -> str:
+    """Return why a batch norm cannot be trained on what it has seen, in evaluation mode; "" if it can, or is none."""
+    if candidate.replacement is NativeBatchNorm2d:
+        for spec in seen:
+            if isinstance(spec, InputSpec) and math.prod(spec.shape) == spec.shape[1]:
+                return "the example gives it one value for each channel, which has no variance"
+    return ""
 
 
 def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int, time: Timing) -> LayerAcceleration:

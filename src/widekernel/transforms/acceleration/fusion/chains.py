@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from widekernel.layers.alterations import REPLACEABLE_METHODS
 from widekernel.layers.folding import deep_copy
-from widekernel.ops.eager import TENSOR_TYPES
+from widekernel.ops.eager import TENSOR_TYPES, is_ordinary_call
+from widekernel.transforms.acceleration.fusion.calls import is_usual_call, reasons_against_call
 from widekernel.transforms.acceleration.fusion.fused import FusedBlock, unfuse
-from widekernel.transforms.acceleration.fusion.guards import HOOKS, STATE
+from widekernel.transforms.acceleration.fusion.guards import HOOKS, REPLACEMENTS, STATE, alteration
 from widekernel.transforms.acceleration.fusion.plan import Plan, UnsuitableInputError
-from widekernel.transforms.acceleration.fusion.replay import Replay, is_usual_call
+from widekernel.transforms.acceleration.fusion.replay import Replay
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _CHAIN = "_fused_chain"
+_IN_TURN = nn.Sequential.forward
 
 
 class FusedChain(nn.Sequential):
@@ -33,22 +34,34 @@ class FusedChain(nn.Sequential):
         """Compute the members in turn."""
         # The compiler sees the code of the container.
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs and type(args[0]) in TENSOR_TYPES:
-            state = vars(self).get(_CHAIN)
-            # A copy of a container has no state of its own yet.
-            if state is None or state.container is not self:
-                state = vars(self)[_CHAIN] = _Chain(self)
-            y = state.run(args[0])
+            y = _state_of(self).run(args[0])
             if y is not None:
                 return y
         return super().__call__(*args, **kwargs)
 
+    def reasons_against(self, x: Tensor) -> list[str]:
+        """List why a call with `x` would call the members one by one; empty if one native call would compute them.
 
-def chain(model: nn.Module) -> None:
-    """Make chains of the containers in `model` that consist of several fused blocks; they stay the same objects."""
-    for module in model.modules():
+        Each member may still be computed by native calls of its own; its own `reasons_against` says whether it is. To find
+        out, the members are computed, unless a reason is known before.
+        """
+        return list(_state_of(self).reasons(x))
+
+
+def chain(model: nn.Module) -> tuple[str, ...]:
+    """Make chains of the containers in `model` that consist of several fused blocks; they stay the same objects.
+
+    Returns:
+        the names of all chains in `model`.
+    """
+    names = []
+    for name, module in model.named_modules():
         blocks = list(module.children())
         if type(module) is nn.Sequential and len(blocks) > 1 and all(isinstance(block, FusedBlock) for block in blocks):
             module.__class__ = FusedChain
+        if type(module) is FusedChain:
+            names.append(name)
+    return tuple(names)
 
 
 def unchain(model: nn.Module) -> None:
@@ -85,8 +98,8 @@ class _Chain:
 
     def __init__(self, container: nn.Sequential) -> None:
         self.container = container
-        self._plans: tuple[Plan, ...] = ()
-        self._replay = Replay(())
+        # Replaced as a whole, so that threads which run while members change see what belongs together.
+        self._members: _Members | None = None
 
     def __reduce__(self) -> Any:
         """Copy and pickle nothing."""
@@ -94,31 +107,107 @@ class _Chain:
 
     def run(self, x: Tensor) -> Any:
         """Return the result for `x`; None if the members have to be called."""
-        held = vars(self.container)
-        if not is_usual_call(x) or any(map(held.get, HOOKS)) or not held.keys().isdisjoint(REPLACEABLE_METHODS):
+        if not is_usual_call(x) or next(self._alterations(), None) is not None:
             return None
-        plans = self._present_plans()
-        if plans is None:
+        current = self._present()
+        if current is None or not all(plan.guards.hold() for plan in current.plans):
             return None
         try:
-            packed = tuple([plan.current() for plan in plans])
-            return self._replay.run(x, packed, lambda value: _in_turn(plans, packed, value))
+            return current.run(x)
         except (UnsuitableInputError, UnsuitableWeightsError):
             return None
 
-    def _present_plans(self) -> tuple[Plan, ...] | None:
-        """Return the plans of all members, if all can be replayed and hold."""
-        states = [vars(block).get(STATE) for block in self.container._modules.values()]
-        plans = tuple([None if state is None else state.plan for state in states])
-        if len(plans) != len(self._plans) or not all(map(is_, plans, self._plans)):
-            if not all(plan is not None and plan.is_replayable for plan in plans):
-                return None
-            self._plans = plans  # type: ignore[assignment]
-            self._replay = Replay(layer for plan in self._plans for layer in plan.layers_between)
-        return self._plans if all(plan.guards.hold() for plan in self._plans) else None
+    def reasons(self, x: Tensor) -> Iterator[str]:
+        """Yield why `run` would return None, or why its native calls cannot be made again."""
+        members = self.container._modules
+        against = [reason for block in members.values() for reason in reasons_against_call(block, x)]
+        if torch.is_grad_enabled():
+            against.append("gradients are enabled: use torch.no_grad() or torch.inference_mode()")
+        if not is_ordinary_call() and not against:
+            against.append("a profiler is on")
+        against += self._alterations()
+        for name, block in members.items():
+            against += [f"{name}: {reason}" for reason in _reasons_of_member(block)]
+        yield from dict.fromkeys(against)
+        current = self._present()
+        if against or current is None:
+            return
+        try:
+            current.run(x)
+        except (UnsuitableInputError, UnsuitableWeightsError) as error:
+            yield str(error)
+        else:
+            if reason := current.replay.reason_against(x):
+                yield reason
+
+    def _alterations(self) -> Iterator[str]:
+        """Yield what prevents the container from being anything but a call of its members in turn."""
+        held = vars(self.container)
+        if any(map(held.get, HOOKS)):
+            yield "there is a hook on the container"
+        if not held.keys().isdisjoint(REPLACEMENTS):
+            yield f"the container {alteration(self.container)}"
+        if type(self.container).forward is not _IN_TURN:
+            yield "the forward of the class of the container has been replaced"
+
+    def _present(self) -> _Members | None:
+        """Return the present members; None if there are none, or one cannot be replayed."""
+        plans = tuple([_plan_of(block) for block in self.container._modules.values()])
+        members = self._members
+        if members is not None and len(plans) == len(members.plans) and all(map(is_, plans, members.plans)):
+            return members
+        replayable = [plan for plan in plans if plan is not None and plan.is_replayable]
+        if not replayable or len(replayable) < len(plans):
+            return None
+        for plan in replayable:
+            plan.forget_recorded()
+        replay = Replay(layer for plan in replayable for layer in plan.layers_between)
+        members = self._members = _Members(tuple(replayable), replay)
+        return members
 
 
-def _in_turn(plans: Sequence[Plan], packed: Sequence[Any], x: Tensor) -> Any:
-    for plan, weights in zip(plans, packed):
-        x = plan.step_by_step(x, weights)
-    return x
+class _Members(NamedTuple):
+    """The plans of members, and the replay of all of their native calls."""
+
+    plans: tuple[Plan, ...]
+    replay: Replay
+
+    def run(self, x: Tensor) -> Any:
+        """Compute the members in turn.
+
+        Raises:
+            UnsuitableInputError: if a native call does not cover a value that has come up.
+            UnsuitableWeightsError: if the weights of a member have become such that they cannot be packed.
+        """
+        packed = tuple([plan.current() for plan in self.plans])
+
+        def in_turn(value: Any) -> Any:
+            for plan, weights in zip(self.plans, packed):
+                value = plan.step_by_step(value, weights)
+            return value
+
+        return self.replay.run(x, packed, in_turn)
+
+
+def _state_of(container: FusedChain) -> _Chain:
+    state = vars(container).get(_CHAIN)
+    # A copy of a container has no state of its own yet.
+    if state is None or state.container is not container:
+        state = vars(container)[_CHAIN] = _Chain(container)
+    return state  # type: ignore[no-any-return]
+
+
+def _plan_of(block: nn.Module) -> Plan | None:
+    state = vars(block).get(STATE)
+    # A shallow copy of a block has the state of the original.
+    return None if state is None or state.block is not block else state.plan
+
+
+def _reasons_of_member(block: nn.Module) -> Iterator[str]:
+    plan = _plan_of(block)
+    if plan is None:
+        yield "it is not a fused block, or it is a copy that has not been called yet"
+    elif not plan.is_replayable:
+        yield "it needs more than native calls"
+    elif not plan.guards.hold():
+        yield from plan.guards.violations()

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
+from widekernel.ops.eager import TENSOR_TYPES
+from widekernel.transforms.acceleration.fusion.calls import is_usual_call, reasons_against_call
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
 from widekernel.transforms.acceleration.fusion.guards import STATE, is_hooked
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
-from widekernel.transforms.acceleration.fusion.replay import is_usual_call
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
 # How many calls of a copy try to plan it.
@@ -268,27 +267,3 @@ def _state_of(block: Any) -> _State:
     if state is None or state.block is not block:
         state = vars(block)[STATE] = _State(block)
     return state  # type: ignore[no-any-return]
-
-
-def reasons_against_call(block: nn.Module, x: Tensor) -> Iterator[str]:
-    """Yield why the code of the block must run, whatever its plan is."""
-    if not is_unobserved_call():
-        yield "a compiler, tracer, transform or mode observes the operators"
-        return
-    if type(x) not in TENSOR_TYPES or x.layout != torch.strided:
-        yield f"the input is not a plain tensor but {type(x).__name__}"
-        return
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        yield f"the input is {str(x.dtype).removeprefix('torch.')} on {x.device}: blocks are fused in float32 on the CPU"
-    if x.numel() == 0:
-        yield "the input is empty"
-    if x.is_neg() or x._is_zerotensor():
-        yield "the input has no memory of its own"
-    if torch_module._has_any_global_hook():
-        yield "there are global hooks of modules"
-    if torch._C._is_any_autocast_enabled():
-        yield "autocast is on"
-    if block.training:
-        yield "the block is in training mode"
-    if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in block.parameters())):
-        yield "gradients are wanted: use torch.no_grad() or torch.inference_mode()"

@@ -25,8 +25,8 @@ STATE = "_fused_state"
 """Name of the attribute of a fused block that holds its plan; it is not part of copies."""
 _COMPARABLE = (bool, int, float, str, tuple)
 _NOTHING = object()
-# Attributes of an instance that replace the computation of its class, or stand for a compiled one.
-_REPLACEMENTS = (*REPLACEABLE_METHODS, "_compiled_call_impl")
+REPLACEMENTS = (*REPLACEABLE_METHODS, "_compiled_call_impl")
+"""Attributes of an instance that replace the computation of its class, or stand for a compiled one."""
 _forward_of = attrgetter("forward")
 
 
@@ -110,7 +110,7 @@ class Guards:
     def hold(self) -> bool:
         """Return whether nothing has changed."""
         # The dicts of hooks are looked up each time, because they may be replaced.
-        altered = any(map(dict.get, self._hooked, self._hook_keys)) or not vars(self._block).keys().isdisjoint(_REPLACEMENTS)
+        altered = any(map(dict.get, self._hooked, self._hook_keys)) or not vars(self._block).keys().isdisjoint(REPLACEMENTS)
         if not altered and self._seen.is_unchanged():
             return True
         if next(self.violations(), None) is not None:
@@ -143,8 +143,8 @@ class Guards:
             name = name or "the block"
             if is_hooked(module):
                 yield f"{name} has a hook"
-            if _alteration(module):
-                yield f"{name} {_alteration(module)}"
+            if alteration(module):
+                yield f"{name} {alteration(module)}"
             if _kind(module) is not kind:
                 yield f"the class of {name} has changed since the block was fused"
         for name, module, forward in self._forwards:
@@ -169,7 +169,7 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, key) for key in HOOKS)
 
 
-def _alteration(module: nn.Module) -> str:
+def alteration(module: nn.Module) -> str:
     """Return how a module has been altered on this instance, apart from hooks; "" if it has not."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled"

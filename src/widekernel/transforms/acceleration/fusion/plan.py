@@ -13,12 +13,13 @@ from torch.fx.node import map_arg
 
 from widekernel.ops import call_trace, recording
 from widekernel.ops.call_trace import FusedCall
+from widekernel.transforms.acceleration.fusion.calls import is_usual_call
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, trace_block
 from widekernel.transforms.acceleration.fusion.guards import Guards
 from widekernel.transforms.acceleration.fusion.nodes import FIRST, is_in_place
 from widekernel.transforms.acceleration.fusion.regions import Region, find_regions
-from widekernel.transforms.acceleration.fusion.replay import Replay, is_replayable, is_usual_call
+from widekernel.transforms.acceleration.fusion.replay import Replay, is_replayable
 from widekernel.transforms.acceleration.fusion.weights import (
     BlockWeights,
     Fingerprint,
@@ -82,6 +83,7 @@ class Plan:
         self._steps = self._fused_steps()
         self._output = next(iter(reversed(self._found.graph.nodes))).args[0]
         self._packed: tuple[Fingerprint, dict[int, Callable[..., Tensor]]] | None = None
+        # A region is one native call (with a gate, two), if it takes its input as it is. Functions and constants are none.
         others = [step for step in self._steps if not isinstance(step.call, Region)]
         self.layers_between = tuple(step.call for step in others if step.node.op == "call_module")
         only_layers = len(self.layers_between) == len(others) and all(map(is_replayable, self.layers_between))
@@ -154,7 +156,13 @@ class Plan:
             fingerprint = Fingerprint(tensors)
             calls = {id(region): self._pack(block_weights(self._found, region), self.precision) for region in self.regions}
             packed = self._packed = (fingerprint, calls)
+            # In a chain, the replay of this plan alone may not run again and would keep the former weights.
+            self.forget_recorded()
         return packed[1]
+
+    def forget_recorded(self) -> None:
+        """Release the native calls that `run` has recorded."""
+        self._replay.forget()
 
     def _fused_steps(self) -> list[_Step]:
         """List the steps in order; a region takes the place of its last node."""

@@ -4,48 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from itertools import chain
-from operator import is_
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels
 from widekernel.ops import dispatch
+from widekernel.ops.cpu import library
 from widekernel.ops.cpu.sequence import Sequence, UnrecordableError
-from widekernel.ops.eager import TENSOR_TYPES, is_ordinary_call
 from widekernel.ops.recording import recording
 from widekernel.transforms.acceleration.fusion.guards import HOOKS
 
 _MOST = 64
 """Number of shapes whose native calls are kept."""
-_COMPUTING = (DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels)
+_FORWARDS = {kind: kind.forward for kind in (DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, nn.Identity)}
+"""The classes of layers that can be replayed, with what they compute unless somebody replaces it."""
+_dtype_of = attrgetter("dtype")
 
 
 def is_replayable(layer: nn.Module) -> bool:
-    """Return whether a layer computes nothing in Python that changes a value: it makes one native call, or none."""
-    return type(layer) in (*_COMPUTING, nn.Identity)
+    """Return whether a layer computes nothing in Python that changes a value: it makes one native call, or none.
 
-
-def is_usual_call(x: Tensor) -> bool:
-    """Return whether nothing but the states of modules and weights can prevent native calls on `x`.
-
-    There are no gradients, autocast, global hooks, compilers, modes or profilers, and `x` is a plain float32 tensor in CPU
-    memory.
+    Two classes hand their input to `ops.depthwise_sum`, which may make a native call, and `nn.Identity` returns it. If they
+    compute something else after all, such as with another backend, a value comes up that no native call has written, and the
+    calls are not recorded. An operation in place on such a value would not be noticed, so all other classes are excluded.
     """
-    return (
-        not torch.is_grad_enabled()
-        and type(x) in TENSOR_TYPES
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and x.layout is torch.strided
-        and not x.is_neg()
-        and not x._is_zerotensor()
-        and is_ordinary_call()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch_module._has_any_global_hook()
-    )
+    return type(layer) in _FORWARDS
 
 
 class Replay:
@@ -56,11 +42,9 @@ class Replay:
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
-        self._layers = tuple(layer for layer in layers if type(layer) in _COMPUTING)
-        self._seen: _Layers | None = None
-        self._packed: tuple[Any, ...] = ()
-        self._registry: Any = None
-        self._sequences: dict[Hashable, Sequence | None] = {}
+        self._layers = tuple(layer for layer in layers if type(layer) is not nn.Identity)
+        # Replaced as a whole, so that threads which run while something changes see what belongs together.
+        self._recorded: _Recorded | None = None
 
     def run(self, x: Tensor, packed: tuple[Any, ...], compute: Callable[[Tensor], Any]) -> Any:
         """Return `compute(x)`, by the native calls that it made for an input of this shape and these strides.
@@ -70,61 +54,106 @@ class Replay:
             packed: objects that stand for the present weights; other objects mean other weights.
             compute: computes the result with these weights.
         """
-        if not self._is_current(packed):
-            self._seen, self._packed, self._registry = _Layers(self._layers), packed, dispatch.registry
-            self._sequences = {}
-        sequences = self._sequences
-        key = x.shape, x.stride(), torch.get_num_threads()
-        sequence = sequences.get(key)
-        if sequence is not None:
-            return sequence(x)
-        if key in sequences or x.numel() == 0:
+        if x.numel() == 0 or any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
             return compute(x)
-        with recording() as recorded:
+        recorded = self._recorded
+        if recorded is None or not recorded.is_current(packed):
+            recorded = self._recorded = _Recorded(_Layers(self._layers), packed, dispatch.registry, {})
+        key, sequences = _key(x), recorded.sequences
+        sequence = sequences.get(key)
+        if isinstance(sequence, Sequence):
+            return sequence(x)
+        if sequence is not None:
+            return compute(x)
+        with recording() as made:
             y = compute(x)
         if len(sequences) >= _MOST:
             sequences.clear()
         try:
-            sequences[key] = Sequence(recorded, x, y)
-        except UnrecordableError:
-            sequences[key] = None
+            sequences[key] = Sequence(made, x, y, recorded.layers.addresses)
+        except UnrecordableError as error:
+            sequences[key] = str(error)
         return y
 
-    def _is_current(self, packed: tuple[Any, ...]) -> bool:
-        same = self._seen is not None and self._registry is dispatch.registry and all(map(is_, packed, self._packed))
-        return same and self._seen.are_unchanged()  # type: ignore[union-attr]
+    def reason_against(self, x: Tensor) -> str:
+        """Return why the native calls for `x`, with which `run` has been called, cannot be made again; "" if they can."""
+        if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
+            return "the forward of a class of layers has been replaced"
+        found = None if self._recorded is None else self._recorded.sequences.get(_key(x))
+        return found if isinstance(found, str) else ""
+
+    def forget(self) -> None:
+        """Release all recorded calls, with the packed weights that they use."""
+        self._recorded = None
+
+
+class _Recorded(NamedTuple):
+    """Recorded calls, and what they depend on.
+
+    Attributes:
+        layers: the state of the layers before the first of these calls.
+        packed: the objects that stand for the weights of the regions.
+        registry: the backends.
+        sequences: the calls, or why they cannot be made again, for each shape.
+    """
+
+    layers: _Layers
+    packed: tuple[Any, ...]
+    registry: Any
+    sequences: dict[Hashable, Sequence | str]
+
+    def is_current(self, packed: tuple[Any, ...]) -> bool:
+        """Return whether nothing has changed on which the calls depend."""
+        return (
+            self.registry is dispatch.registry
+            and len(packed) == len(self.packed)
+            and all(map(is_, packed, self.packed))
+            and self.layers.are_unchanged()
+        )
 
 
 class _Layers:
-    """The attributes and the tensors of layers at one time. Values in memory may change, because calls read them there."""
+    """The attributes and the tensors of layers at one time. Values in memory may change, because calls read them there.
+
+    Attributes:
+        addresses: where the parameters and buffers lie.
+    """
 
     def __init__(self, layers: tuple[nn.Module, ...]) -> None:
         self._parts = tuple(part for layer in layers for part in layer.modules())
         self._kinds = list(map(type, self._parts))
         self._held = [held for part in self._parts for held in (vars(part), part._parameters, part._buffers, part._modules)]
         # Guards see the hooks of layers, but not those of the layers inside.
-        inside = [part for part in self._parts if type(part) in _COMPUTING and part not in layers]
+        inside = [part for part in self._parts if type(part) in _FORWARDS and part not in layers]
         self._held += [vars(part)[key] for part in inside for key in HOOKS]
         self._lengths = list(map(len, self._held))
         self._values = tuple(chain.from_iterable(map(dict.values, self._held)))
         tensors = (held.values() for part in self._parts for held in (part._parameters, part._buffers))
         self._tensors = tuple(tensor for tensor in chain.from_iterable(tensors) if tensor is not None)
-        self._places = self._present_places()
+        self._forms = self._present_forms()
+        self.addresses = frozenset(self._forms[: len(self._tensors)])
 
     def are_unchanged(self) -> bool:
-        """Return whether every object is the same as before, and every tensor lies where it was."""
+        """Return whether every object is the same as before, and every tensor has its place and form."""
         return (
             list(map(len, self._held)) == self._lengths
             and all(map(is_, chain.from_iterable(map(dict.values, self._held)), self._values))
             and list(map(type, self._parts)) == self._kinds
-            and self._present_places() == self._places
+            and self._present_forms() == self._forms
         )
 
-    def _present_places(self) -> list[Any]:
+    def _present_forms(self) -> list[Any]:
+        """List the addresses of the tensors first, and then all that a call depends on besides the numbers there."""
         tensors = self._tensors
         return [
             *map(Tensor.data_ptr, tensors),
+            *map(Tensor.size, tensors),
             *map(Tensor.stride, tensors),
-            *map(Tensor.numel, tensors),
+            *map(_dtype_of, tensors),
+            *map(Tensor.is_neg, tensors),
             *map(type, tensors),
         ]
+
+
+def _key(x: Tensor) -> tuple[Hashable, ...]:
+    return x.shape, x.stride(), torch.get_num_threads(), library.load().isa
