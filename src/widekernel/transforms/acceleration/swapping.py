@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -86,9 +87,8 @@ def accelerate(
     else:
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
     backward = any(trains(candidate.layer) for candidate in found)
-    of_blocks = tuple(trial.row for trial in trials)
-    threads = torch.get_num_threads()
-    return model, AccelerationReport(tuple(rows), backward, threads, of_blocks, precision, outputs, chain(model))
+    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), tuple(trial.row for trial in trials), precision)
+    return model, replace(report, outputs=outputs, chains=chain(model))
 
 
 def _swap_by_example(
