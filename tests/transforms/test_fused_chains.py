@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from tests.transforms.chains import assert_right, chained, image
-from tests.transforms.fusion import ByHand, Convolutional, calls_of
+from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, randomized
 from widekernel import ops
 from widekernel.layers import DepthwiseConv2d
 from widekernel.ops import recording
@@ -199,6 +199,13 @@ def test_unfused_networks_have_plain_containers() -> None:
     for plain in (unfused(model), to_torch(model)):
         assert type(plain) is nn.Sequential
     assert type(model) is FusedChain
+
+
+def test_the_report_names_chains() -> None:
+    report = fused(randomized(nn.Sequential(ByHand(), ByHand())), image())[1]
+    assert report.chains == ("",)
+    assert "each chain for one native call: (itself)." in str(report)
+    assert report.to_dict()["chains"] == [""]
 
 
 def test_state_dict_is_the_same() -> None:

@@ -87,8 +87,9 @@ def accelerate(
     else:
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
     backward = any(trains(candidate.layer) for candidate in found)
-    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), tuple(trial.row for trial in trials), precision)
-    return model, replace(report, outputs=outputs, chains=chain(model))
+    of_blocks = tuple(trial.row for trial in trials)
+    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
+    return model, replace(report, chains=chain(model))
 
 
 def _swap_by_example(
