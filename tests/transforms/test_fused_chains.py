@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.transforms.chains import assert_right, by_blocks, chained, image
-from tests.transforms.fusion import ByHand, Convolutional, calls_of
+from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, randomized
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d, LargeKernel, PartialChannels, Rectangles
@@ -229,7 +229,7 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from([*CHANGES[:10], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
+@given(st.lists(st.sampled_from([*CHANGES[:7], *CHANGES[8:12], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
 def test_any_changes_in_turn(changes: list[Any], size: tuple[int, int]) -> None:
     model = chained()
     for change in changes:
@@ -279,6 +279,13 @@ def test_unfused_networks_have_plain_containers() -> None:
     for plain in (unfused(model), to_torch(model)):
         assert type(plain) is nn.Sequential
     assert type(model) is FusedChain
+
+
+def test_the_report_names_chains() -> None:
+    report = fused(randomized(nn.Sequential(ByHand(), ByHand())), image())[1]
+    assert report.chains == ("",)
+    assert "each chain for one native call: (itself)." in str(report)
+    assert report.to_dict()["chains"] == [""]
 
 
 def test_state_dict_is_the_same() -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -78,22 +79,21 @@ def accelerate(
     _check(model, example_input)
     _check_precision(precision, example_input is not None and blocks)
     found = candidates(model, pointwise)
-    trials: list[BlockTrial] = []
+    of_blocks: tuple[LayerAcceleration, ...] = ()
     outputs = None
     if example_input is None:
         rows = [_without_example(candidate) for candidate in found]
         _swap(found, rows)
     else:
-        rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
+        rows, of_blocks, outputs = _swap_by_example(model, example_input, found, blocks, precision)
     backward = any(trains(candidate.layer) for candidate in found)
-    of_blocks = tuple(trial.row for trial in trials)
-    threads = torch.get_num_threads()
-    return model, AccelerationReport(tuple(rows), backward, threads, of_blocks, precision, outputs, chain(model))
+    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
+    return model, replace(report, chains=chain(model))
 
 
 def _swap_by_example(
     model: nn.Module, example_input: Any, found: list[Candidate], blocks: bool, precision: str
-) -> tuple[list[LayerAcceleration], list[BlockTrial], OutputDeviation | None]:
+) -> tuple[list[LayerAcceleration], tuple[LayerAcceleration, ...], OutputDeviation | None]:
     owners = block_candidates(model) if blocks else []
     layers = [candidate.layer for candidate in found if candidate.replacement]
     with outdated_unfused(owners, precision) as outdated:
@@ -110,7 +110,7 @@ def _swap_by_example(
                 trials = with_former_plans(outdated, trials, precision)
                 if precision != "float32":
                     outputs = OutputDeviation.of(before, outputs_of(model, example_input))
-    return rows, trials, outputs
+    return rows, tuple(trial.row for trial in trials), outputs
 
 
 @contextmanager
