@@ -229,7 +229,9 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from([*CHANGES[:7], *CHANGES[8:12], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
+@given(
+    st.lists(st.sampled_from([*CHANGES[:7], *CHANGES[8:12], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)])
+)
 def test_any_changes_in_turn(changes: list[Any], size: tuple[int, int]) -> None:
     model = chained()
     for change in changes:
