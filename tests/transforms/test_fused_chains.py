@@ -213,6 +213,8 @@ def _training(model: Any) -> None:
 
 CHANGES = (_grow_kernel, _new_data, _turned_data, _new_parameter, _no_bias, _dilated, _grow_weight, _other_block)
 CHANGES += (_smaller_data, _turned_and_grown, _strided_bias_and_shrunk, _negative_kernel)
+# Not those that leave nothing for another one to change, or no place to write to.
+IN_ANY_ORDER = (*CHANGES[:7], *CHANGES[9:], None)
 CHANGES += (_own_class, _forward_of_instance, _shorter)
 
 
@@ -229,9 +231,7 @@ def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.sampled_from([*CHANGES[:7], *CHANGES[8:12], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)])
-)
+@given(st.lists(st.sampled_from(IN_ANY_ORDER), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
 def test_any_changes_in_turn(changes: list[Any], size: tuple[int, int]) -> None:
     model = chained()
     for change in changes:
