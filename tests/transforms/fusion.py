@@ -107,3 +107,10 @@ def calls_of(function: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     with torch.no_grad(), ops.trace() as traced:
         result = function(*args)
     return result, len(traced.fused)
+
+
+def precisions_of(function: Callable[..., Any], *args: Any) -> tuple[Any, set[str]]:
+    """Return the result of a call, and the precisions of its fused products."""
+    with torch.no_grad(), ops.trace() as traced:
+        result = function(*args)
+    return result, {call.precision for call in traced.fused}

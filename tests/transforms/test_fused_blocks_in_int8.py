@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.transforms.acceleration import kinds
-from tests.transforms.fusion import ByHand, Convolutional, InPlace, Normalized, calls_of, fused_names, randomized
-from widekernel import accelerate, ops
+from tests.transforms.fusion import (
+    ByHand,
+    Convolutional,
+    InPlace,
+    Normalized,
+    calls_of,
+    fused_names,
+    precisions_of,
+    randomized,
+)
+from widekernel import accelerate
 from widekernel.errors import ArgumentError
 from widekernel.transforms import AccelerationReport, to_torch
 from widekernel.transforms.acceleration import swapping
@@ -32,12 +41,6 @@ def lowered(model: nn.Module, x: Any) -> tuple[Any, AccelerationReport]:
 
 def image() -> Tensor:
     return torch.randn(2, 12, 6, 5)
-
-
-def precisions_of(function: Callable[..., Any], *args: Any) -> tuple[Any, set[str]]:
-    with torch.no_grad(), ops.trace() as traced:
-        result = function(*args)
-    return result, {call.precision for call in traced.fused}
 
 
 @pytest.mark.parametrize("make", [ByHand, Convolutional, InPlace, Normalized])

@@ -35,7 +35,7 @@ FEWEST, MOST = 5, 300
 SHORT = 0.02
 """Seconds below which a call is short: it is timed in bursts."""
 SETTLING = 0.02
-"""Seconds in which threads without work go to sleep: GNU's OpenMP runtime lets them wait for about half of that."""
+"""Seconds in which threads without work go to sleep: GNU's OpenMP runtime lets them wait for some milliseconds."""
 BURST, ROUNDS = 4, 8
 """Largest number of timed calls in a burst, and the number of rounds before bursts get longer."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,13 +21,6 @@ from widekernel.ops.pointwise_reference import ReferenceBlock, pixels_in_int8, u
 LACKING = reason_against("int8")
 needs_products = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 NAN, INFINITY = float("nan"), float("inf")
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def whole(*shape: int) -> Tensor:
