@@ -29,13 +29,15 @@ class Sum {
         const int64_t numbers = int64_t{call.images} * call.channels * call.height * call.width;
         if (alone && call.passes == 1 && call.pass[0].method == WK_DIRECT && call.pass[0].dilation == 1) {
             const wk_pass &pass = call.pass[0];
-            rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, call.height, call.width,
-                        x_.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1)};
+            const bool pixels = x_.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1);
+            const bool whole = adjoin && !pixels && call.dtype == WK_FLOAT32 && call.channels >= LANES;
+            const int64_t distance = whole ? absolute(x_.column) * int64_t{sizeof(float)} : 0;
+            rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, {call.height, call.width}, pixels, distance};
             rolls_ = (adjoin || rolling_.pixels) && rolling_.pays(numbers);
         }
         if (rolls_) {
             steps_[0].turned = false, steps_[0].taps = rolling_.taps, steps_[0].anchor = rolling_.anchor;
-            together_ = least(blocks_together(!rolling_.pixels, false, blocks_, call.images, call.threads), rolling_.most_together());
+            together_ = rolling_.together(blocks_, call.images, call.threads);
             groups_ = ceil_div(blocks_, together_);
             bands_ = bands_for(call.images * groups_, call.threads, call.height, 0, false);
             stream_ = call.dtype == WK_FLOAT32 && call.channels % LANES == 0 && is_aligned(call.y, rolling_.pixels) &&
@@ -111,7 +113,7 @@ class Sum {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.planes = carver.take<Vec>(rolls_ ? together_ * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
+        own.planes = carver.take<Vec>(rolls_ ? rolling_.buffered(together_) * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
         int64_t loose = 0;
         for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
         own.room = carver.take<Vec>(most(room_, kernel_room() + loose));
