@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 6
+#define WK_ABI 7
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -204,6 +204,9 @@ int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const *xs, void
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
+// How the image of a call passes through memory: "packed" if it is copied as a whole, "rolling rows" if it is copied row by row into a
+// small buffer, or "in place" if it is not copied, except for the last channels if these do not fill a vector.
+const char *wk_sum_form(const wk_sum *call);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
 
 // Copies and packs the weights; a bias may be null. The result is valid until `wk_pointwise_free`, which accepts null.

@@ -267,6 +267,8 @@ WK_EXPORT void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t
     wk::kernels().sum_workspace(*call, *per_thread, *shared);
 }
 
+WK_EXPORT const char *wk_sum_form(const wk_sum *call) { return wk::kernels().sum_form(*call); }
+
 WK_EXPORT void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared) {
     wk::kernels().weight_grad_workspace(*call, *per_thread, *shared);
 }

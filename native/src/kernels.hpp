@@ -41,6 +41,7 @@ struct Kernels {
     int32_t (*depthwise_sum)(const wk_sum &call);
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
+    const char *(*sum_form)(const wk_sum &call);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
     int32_t (*gate)(const wk_gate &call);
     int32_t (*pointwise_weight_grad)(const wk_pointwise_grad &call);

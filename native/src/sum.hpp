@@ -71,6 +71,11 @@ class Sum {
         return true;
     }
 
+    const char *form() const {
+        if (rolls_) return "rolling rows";
+        return in_place_ && fills_vectors(0) ? "in place" : "packed";
+    }
+
     int64_t own_bytes() {
         Carver carver{nullptr};
         carve_own(carver);
@@ -209,6 +214,9 @@ class Sum {
         __atomic_store_n(&sum.ready_[task], 1, __ATOMIC_RELEASE);
     }
 
+    // Whether no block of the group has fewer channels than a vector; only the last group may.
+    bool fills_vectors(int64_t group) const { return group < groups_ - 1 || call_.channels % LANES == 0; }
+
     Band band_at(int64_t index) const { return Band::of(index, bands_, call_.height, call_.width, above_, below_); }
 
     template <class Type> void compute(int64_t task) {
@@ -226,7 +234,7 @@ class Sum {
             roll<Type>(at, band, first, blocks, own.planes);
             return;
         }
-        if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
+        if (in_place_ && fills_vectors(at.group)) {
             compute_in_place(at.image, first, blocks, band);
             return;
         }

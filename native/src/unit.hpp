@@ -26,6 +26,8 @@ inline void sum_workspace(const wk_sum &call, int64_t &per_thread, int64_t &shar
     per_thread = sum.own_bytes(), shared = sum.shared_bytes();
 }
 
+inline const char *sum_form(const wk_sum &call) { return Sum(call).form(); }
+
 inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared) {
     WeightGrad grad(call);
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
@@ -46,6 +48,7 @@ inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).ru
                             WK_NAMESPACE::depthwise_sum,                                                                        \
                             WK_NAMESPACE::depthwise_weight_grad,                                                                \
                             WK_NAMESPACE::sum_workspace,                                                                        \
+                            WK_NAMESPACE::sum_form,                                                                             \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
                             WK_NAMESPACE::gate,                                                                                 \
                             WK_NAMESPACE::pointwise_weight_grad,                                                                \

@@ -47,6 +47,7 @@ int32_t wk_depthwise_sum_at(const wk_sum *, const void *, void *, const float *c
 int32_t wk_depthwise_branches_at(const wk_sum *, const void *const *, void *const *, const float *const *) { return WK_OK; }
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *, const void *, const void *, float *) { return WK_BAD_ARGUMENT; }
 void wk_sum_workspace(const wk_sum *, int64_t *, int64_t *) {}
+const char *wk_sum_form(const wk_sum *) { return ""; }
 void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}
 int32_t wk_pointwise_pack(const wk_pointwise_weights *, wk_pointwise **) { return WK_BAD_ARGUMENT; }
 void wk_pointwise_free(wk_pointwise *) {}

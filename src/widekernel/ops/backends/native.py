@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -11,7 +12,7 @@ from widekernel.ops.cpu import library
 from widekernel.ops.cpu.costs import costs_of
 from widekernel.ops.cpu.partial import PreparedPartialSum
 from widekernel.ops.cpu.plan import BRANCHES, plan, reason_for_pytorch
-from widekernel.ops.cpu.prepared import DTYPES, PreparedSum, PreparedWeightGrad
+from widekernel.ops.cpu.prepared import DTYPES, PACKED, PreparedSum, PreparedWeightGrad
 from widekernel.ops.empty import EMPTY
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
@@ -64,16 +65,18 @@ class NativeBackend(Backend):
         return PreparedPartialSum(problem, plan(problem, torch.get_num_threads(), loaded.lanes, costs_of(loaded.isa)))
 
     def describe(self, problem: Problem) -> str:
-        """Describe the passes, threads and working memory."""
+        """Describe the passes, how the image passes through memory unless it is packed, threads and working memory."""
         if 0 in problem.shape:
             return "nothing to compute"
         prepared = self._prepared(problem)
         own, shared = prepared.workspace()
         count = prepared.plan.threads
         threads = f"{count} thread{'s' if count > 1 else ''}"
-        memory = f"working memory {own / 2**20:.2f} MiB a thread and {shared / 2**20:.2f} MiB shared"
+        memory = f"working memory {_size(own)} a thread and {_size(shared)} shared"
         isa = library.load().isa
-        return f"{prepared.plan}; {isa}, cost model of {costs_of(isa).measured_with}, {threads}, {memory}"
+        form = prepared.form() if isinstance(prepared, PreparedSum) else PACKED
+        how = f"{prepared.plan}" if form == PACKED else f"{prepared.plan}, {form}"
+        return f"{how}; {isa}, cost model of {costs_of(isa).measured_with}, {threads}, {memory}"
 
     def _prepared(self, problem: Problem) -> PreparedSum | PreparedWeightGrad:
         loaded = library.load()
@@ -94,3 +97,8 @@ class NativeBackend(Backend):
             library.warn_once_if_missing()
             obstacles.append(str(library.load().reason))
         return obstacles
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in KiB, rounded up, or from 1 MiB on in MiB."""
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{math.ceil(count / 2**10)} KiB"

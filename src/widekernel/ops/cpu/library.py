@@ -26,8 +26,7 @@ from typing import Any
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu.openmp import openmp_runtime
 
-ABI = 6
-MOST_PASSES, MOST_RECTS = 16, 64
+ABI, MOST_PASSES, MOST_RECTS = 7, 16, 64
 FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 NO_ACTIVATION, RELU, GELU, GELU_TANH = range(4)
@@ -210,6 +209,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_depthwise_branches_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address]),
     "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
+    "wk_sum_form": (_text, [ctypes.POINTER(Sum)]),
     "wk_weight_grad_workspace": (None, [ctypes.POINTER(WeightGrad), _bytes, _bytes]),
     "wk_pointwise_pack": (_int32, [ctypes.POINTER(PointwiseWeights), ctypes.POINTER(Address)]),
     "wk_pointwise_free": (None, [Address]),

@@ -14,6 +14,8 @@ from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.plan import Pass, Plan
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES, Anchor, Problem, memory_format
 
+PACKED = "packed"
+"""The form of a sum whose image is copied as a whole before it is computed."""
 DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
 
 
@@ -119,6 +121,11 @@ class PreparedSum:
         """Return the bytes of working memory of each thread, and of the memory that all share."""
         like = _like(self.problem)
         return _workspace(self._library.calls.wk_sum_workspace, self._description(like, like))
+
+    def form(self) -> str:
+        """Return how the image passes through memory, without `relu`: "packed", "in place" or "rolling rows"."""
+        like = _like(self.problem)
+        return str(self._library.calls.wk_sum_form(self._description(like, like)).decode())
 
     def _call(self, x: Tensor) -> _SumCall:
         layout = memory_format(x)
