@@ -91,7 +91,7 @@ def shortfall(timings: list[Timing], costs: Costs) -> tuple[float, float]:
     return sum(ratios) / len(ratios), max(ratios)
 
 
-def fitted(timings: list[Timing], start: Costs) -> Costs:
+def fitted(timings: list[Timing], start: Costs, most: int) -> Costs:
     def costs_at(logarithms: list[float]) -> Costs:
         return replace(start, **{name: math.exp(value) for name, value in zip(FITTED, logarithms)})
 
@@ -102,8 +102,7 @@ def fitted(timings: list[Timing], start: Costs) -> Costs:
         return errors + 2 * sum((value - before) ** 2 for value, before in zip(logarithms, first))
 
     first = [math.log(getattr(start, name)) for name in FITTED]
-    # A processor of two units finishes at most two multiply-adds in a cycle.
-    bounds = [(math.log(0.5), math.log(2)) if name.endswith("rate") else (math.log(0.5), math.log(1000)) for name in FITTED]
+    bounds = [(math.log(most / 4), math.log(most)) if name.endswith("rate") else (math.log(0.5), math.log(1000)) for name in FITTED]
     return costs_at(list(minimize(badness, first, method="Powell", bounds=bounds, options={"maxiter": 3}).x))
 
 
@@ -111,14 +110,15 @@ def main(isa: str) -> None:
     torch.set_num_threads(1)
     native = library.load()
     native.use_isa(isa)
-    before = costs_of(isa)
-    # Two vector multiply-adds in a cycle.
-    clock = native.calls.wk_fma_peak(1, 0.2) / (4 * native.lanes)
+    before = costs_of(isa, native.processor)
+    # The vector multiply-adds that a processor finishes in a cycle.
+    most = 1 if (isa, native.processor) == ("avx512", "zen4") else 2
+    clock = native.calls.wk_fma_peak(1, 0.2) / (2 * most * native.lanes)
     timings = []
     for problem, steps in cases(BLOCKS * native.lanes):
         for step in steps:
             timings.append(Timing(problem, step, seconds(problem, step) * clock / (IMAGES * BLOCKS)))
-    after = fitted(timings, before)
+    after = fitted(timings, before, most)
     print(f"{len(timings)} timings with {isa}, {clock / 1e9:.2f} GHz by the peak of multiply-adds")
     for costs in (before, after):
         errors = sorted(abs(math.log(timing.estimated(costs) / timing.cycles)) for timing in timings)

@@ -187,8 +187,8 @@ int32_t wk_abi(void);
 const char *wk_isa(void);
 // Use the instruction set `name` from now on, for tests and comparisons; WK_BAD_ARGUMENT if this build or processor lacks it.
 int32_t wk_use_isa(const char *name);
-// Whether the processor is one of AMD's.
-int32_t wk_is_amd(void);
+// As far as choices depend on the processor: "zen4" (AMD's), "amd" (others of AMD's) or "other".
+const char *wk_processor(void);
 // Number of channels computed together: the width of a vector.
 int32_t wk_lanes(void);
 // Use the OpenMP runtime that was loaded from the file `path`. Returns 1 if it provides threads, else 0.

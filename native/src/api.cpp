@@ -209,12 +209,12 @@ WK_EXPORT int32_t wk_abi(void) { return WK_ABI; }
 WK_EXPORT const char *wk_isa(void) { return wk::kernels().isa; }
 WK_EXPORT int32_t wk_lanes(void) { return wk::kernels().lanes; }
 
-WK_EXPORT int32_t wk_is_amd(void) {
+WK_EXPORT const char *wk_processor(void) {
 #if defined(__x86_64__)
-    return wk::Processor::present().is_amd();
-#else
-    return 0;
+    const wk::Processor processor = wk::Processor::present();
+    if (processor.is_amd()) return processor.is_zen4() ? "zen4" : "amd";
 #endif
+    return "other";
 }
 
 WK_EXPORT int32_t wk_use_isa(const char *name) {

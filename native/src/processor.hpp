@@ -16,13 +16,14 @@ namespace wk {
 struct Processor {
     uint32_t basic = 0, extended = 0, more = 0, further = 0, enabled = 0;
     uint32_t vendor = 0;  // the first letters of the vendor's name
+    uint32_t family = 0;
 
     static Processor present() {
         Processor found;
         uint32_t a, b, c, d;
         constexpr uint32_t saves_extended_state = 1u << 27;
         if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & saves_extended_state)) return found;
-        found.basic = c;
+        found.basic = c, found.family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
         asm("xgetbv" : "=a"(found.enabled), "=d"(d) : "c"(0));
         if (__get_cpuid(0, &a, &b, &c, &d)) found.vendor = b;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
@@ -42,6 +43,12 @@ struct Processor {
     }
 
     bool is_amd() const { return vendor == 0x68747541; }  // "Auth"
+
+    // It computes vectors of 512 bits in two halves: one multiply-add in a cycle instead of two.
+    bool is_zen4() const {
+        constexpr uint32_t zen_3_and_4 = 0x19;
+        return is_amd() && avx512() && family == zen_3_and_4;
+    }
 
     bool avx512_bf16() const {
         constexpr uint32_t bf16 = 1u << 5;

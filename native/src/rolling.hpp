@@ -56,8 +56,8 @@ struct Rolling {
     int64_t out_pitch() const { return (pixels ? ceil_div(width, LANES) : width) | 1; }
     // Working memory of a block in the buffer, in vectors.
     int64_t room() const { return slots() * pitch() + FEW_HIGH * out_pitch(); }
-    // Blocks that need it at the same time.
-    int64_t buffered(int64_t together) const { return in_order ? 1 : together; }
+    // How many of the blocks in a group need it: those that are not read in place.
+    int64_t buffered(int64_t together, int64_t channels) const { return !in_order ? together : channels % LANES == 0 ? 0 : 1; }
 
     // Number of blocks in a group.
     int64_t together(int64_t blocks, int64_t images, int64_t threads) const {

@@ -72,7 +72,7 @@ class Sum {
     }
 
     const char *form() const {
-        if (rolls_) return "rolling rows";
+        if (rolls_) return rolling_.in_order ? "in place" : "rolling rows";
         return in_place_ && fills_vectors(0) ? "in place" : "packed";
     }
 
@@ -118,7 +118,7 @@ class Sum {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.planes = carver.take<Vec>(rolls_ ? rolling_.buffered(together_) * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
+        own.planes = carver.take<Vec>(rolls_ ? rolling_.buffered(together_, call_.channels) * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
         int64_t loose = 0;
         for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
         own.room = carver.take<Vec>(most(room_, kernel_room() + loose));

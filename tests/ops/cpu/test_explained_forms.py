@@ -75,11 +75,13 @@ def check_form(problem: Problem) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.usefixtures("isa")
-def test_a_rolling_call_needs_memory_for_some_rows_only(channels_last: bool) -> None:
+def test_kernels_of_few_rows_need_memory_for_some_rows_only(channels_last: bool) -> None:
     images, channels, height, width = LARGE
     call = prepared(problem_of(LARGE, ((3, 3),), channels_last))
     taller = prepared(problem_of((images, channels, 2 * height, width), ((3, 3),), channels_last))
-    assert (call.form(), taller.form()) == (ROLLING, ROLLING)
+    # With few registers, channels_last images pass through a buffer, too.
+    assert call.form() == taller.form()
+    assert call.form() in ((ROLLING, IN_PLACE) if channels_last else (ROLLING,))
     assert call.workspace() == taller.workspace()
     rows = call.workspace()[0] / (width * library.load().lanes * 4)
     assert rows < height

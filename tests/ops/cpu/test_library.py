@@ -38,7 +38,7 @@ int32_t wk_use_isa(const char *name) {
     return WK_BAD_ARGUMENT;
 }
 int32_t wk_lanes(void) { return strcmp(isa, "avx2") ? 4 : 8; }
-int32_t wk_is_amd(void) { return 0; }
+const char *wk_processor(void) { return "other"; }
 int32_t wk_bind_openmp(const char *) { return 0; }
 int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }

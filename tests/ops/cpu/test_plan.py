@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widekernel.ops.cpu.costs import AVX2, AVX512, Costs, costs_of
+from widekernel.ops.cpu.costs import AVX2, AVX512, AVX512_ON_ZEN4, Costs, costs_of
 from widekernel.ops.cpu.library import DIRECT, ISAS
 from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import Problem
@@ -73,11 +73,13 @@ def test_kernels_beyond_the_longest_transform_are_direct() -> None:
 def test_every_instruction_set_has_costs() -> None:
     assert costs_of("avx512") is AVX512
     assert costs_of("avx2") is AVX2
+    assert costs_of("avx512", "zen4") is AVX512_ON_ZEN4
+    assert costs_of("avx2", "zen4") is AVX2
     for isa in ISAS:
         assert costs_of(isa).measured_with in ("avx512", "avx2")
 
 
-@pytest.mark.parametrize("costs", [AVX512, AVX2], ids=lambda costs: costs.measured_with)
+@pytest.mark.parametrize("costs", [AVX512, AVX512_ON_ZEN4, AVX2], ids=lambda costs: costs.measured_with)
 def test_the_choice_follows_the_costs(costs: Costs) -> None:
     problem = of([(31, 31)])
     assert methods(plan(problem, 2, 16, costs)) == [True]
@@ -100,8 +102,8 @@ def test_small_calls_wake_no_thread() -> None:
 
 def test_problems_that_pytorch_computes_faster() -> None:
     def on(problem: Problem) -> tuple[bool, ...]:
-        processors = (False, "avx512"), (True, "avx512"), (True, "avx2")
-        return tuple(reason_for_pytorch(problem, is_amd, isa) is not None for is_amd, isa in processors)
+        processors = ("other", "avx512"), ("amd", "avx512"), ("amd", "avx2")
+        return tuple(reason_for_pytorch(problem, processor, isa) is not None for processor, isa in processors)
 
     assert on(of([(3, 3)], channels_last=True)) == (True, False, True)
     assert on(of([(7, 7)], (8, 1024, 14, 14), channels_last=True)) == (True, False, True)

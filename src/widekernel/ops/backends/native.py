@@ -9,7 +9,7 @@ import torch
 
 from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.cpu import library
-from widekernel.ops.cpu.costs import costs_of
+from widekernel.ops.cpu.costs import Costs, costs_of
 from widekernel.ops.cpu.partial import PreparedPartialSum
 from widekernel.ops.cpu.plan import BRANCHES, plan, reason_for_pytorch
 from widekernel.ops.cpu.prepared import DTYPES, PACKED, PreparedSum, PreparedWeightGrad
@@ -21,6 +21,11 @@ from widekernel.ops.problem import (
     DEPTHWISE_WEIGHT_GRAD,
     Problem,
 )
+
+
+def _costs() -> Costs:
+    loaded = library.load()
+    return costs_of(loaded.isa, loaded.processor)
 
 
 @final
@@ -38,7 +43,7 @@ class NativeBackend(Backend):
         if obstacles:
             return obstacles
         loaded = library.load()
-        slower = reason_for_pytorch(problem, loaded.is_amd, loaded.isa)
+        slower = reason_for_pytorch(problem, loaded.processor, loaded.isa)
         return [slower] if slower else []
 
     def can_run(self, problem: Problem) -> bool:
@@ -62,7 +67,7 @@ class NativeBackend(Backend):
     def prepare_partial(self, problem: Problem) -> PreparedPartialSum:
         """Prepare the calls that compute a sum of some channels of a larger image; the problem is that of these channels."""
         loaded = library.load()
-        return PreparedPartialSum(problem, plan(problem, torch.get_num_threads(), loaded.lanes, costs_of(loaded.isa)))
+        return PreparedPartialSum(problem, plan(problem, torch.get_num_threads(), loaded.lanes, _costs()))
 
     def describe(self, problem: Problem) -> str:
         """Describe the passes, how the image passes through memory unless it is packed, threads and working memory."""
@@ -76,11 +81,11 @@ class NativeBackend(Backend):
         isa = library.load().isa
         form = prepared.form() if isinstance(prepared, PreparedSum) else PACKED
         how = f"{prepared.plan}" if form == PACKED else f"{prepared.plan}, {form}"
-        return f"{how}; {isa}, cost model of {costs_of(isa).measured_with}, {threads}, {memory}"
+        return f"{how}; {isa}, cost model of {_costs().measured_with}, {threads}, {memory}"
 
     def _prepared(self, problem: Problem) -> PreparedSum | PreparedWeightGrad:
         loaded = library.load()
-        chosen = plan(problem, torch.get_num_threads(), loaded.lanes, costs_of(loaded.isa))
+        chosen = plan(problem, torch.get_num_threads(), loaded.lanes, _costs())
         return PreparedWeightGrad(problem, chosen) if problem.op == DEPTHWISE_WEIGHT_GRAD else PreparedSum(problem, chosen)
 
     def _obstacles(self, problem: Problem) -> list[str]:

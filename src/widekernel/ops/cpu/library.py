@@ -201,7 +201,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_isa": (_text, []),
     "wk_use_isa": (_int32, [_text]),
     "wk_lanes": (_int32, []),
-    "wk_is_amd": (_int32, []),
+    "wk_processor": (_text, []),
     "wk_bind_openmp": (_int32, [_text]),
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
@@ -241,7 +241,7 @@ class Library:
         isas: the instruction sets of this build that the processor supports, the preferred one first.
         isa: the instruction set in use.
         lanes: number of channels that this instruction set processes at once.
-        is_amd: whether the processor is one of AMD's, whose caches behave in another way than Intel's.
+        processor: "zen4", "amd" (others of AMD's) or "other"; constants and rules were measured for each.
         wanted: False if the user has switched the library off, so that no warning is needed.
     """
 
@@ -252,7 +252,7 @@ class Library:
     isas: tuple[str, ...] = ()
     isa: str = ""
     lanes: int = 0
-    is_amd: bool = False
+    processor: str = "other"
     wanted: bool = True
 
     @property
@@ -388,7 +388,7 @@ def _configured(library: Library, isa: str) -> Library:
     if isa and isa not in library.isas:
         return Library(_isa_unavailable(f"WIDEKERNEL_ISA={isa}", library.isas))
     library.use_isa(isa or default)
-    library.is_amd = bool(library.calls.wk_is_amd())
+    library.processor = library.calls.wk_processor().decode()
     runtime = openmp_runtime()
     if runtime is not None and library.calls.wk_bind_openmp(os.fsencode(runtime)):
         library.openmp = runtime

@@ -119,7 +119,7 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
     return Plan(passes, targets, _worthwhile_threads(total, threads), total, filled)
 
 
-def reason_for_pytorch(problem: Problem, is_amd: bool, isa: str) -> str | None:
+def reason_for_pytorch(problem: Problem, processor: str, isa: str) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
     On AMD's processors, measured on one (Zen 5) with two threads: with AVX-512, none of 20 channels_last shapes of up
@@ -133,12 +133,13 @@ def reason_for_pytorch(problem: Problem, is_amd: bool, isa: str) -> str | None:
 
     Args:
         problem: the problem.
-        is_amd: whether the processor is one of AMD's.
+        processor: as the native library names it.
         isa: name of the instruction set in use.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
         return None
+    is_amd = processor in ("amd", "zen4")
     if is_amd and isa == "avx512":
         return None
     size, elements = max(problem.kernels[0]), batch * channels * height * width
