@@ -123,6 +123,9 @@ def test_fewer_calls_are_spread_over_all_rounds() -> None:
     scene = Scene(fast=0.125, slow=1.5)
     timings = interleave(scene.calls, {"fast": 0.125, "slow": 1.5}, 1.25, stopwatch=scene.stopwatch)
     assert timings["fast"].calls == 10 and timings["slow"].calls == 1
+    scene = Scene(fastest=1.25, near=2.5, slow=2.625)
+    timings = interleave(scene.calls, {"fastest": 1.25, "near": 2.5, "slow": 2.625}, 1.25, stopwatch=scene.stopwatch)
+    assert {name: timing.calls for name, timing in timings.items()} == {"fastest": 3, "near": 3, "slow": 1}
     scene = Scene(fast=0.125, slower=0.25)
     interleave(scene.calls, {"fast": 0.125, "slower": 0.25}, 2.0, stopwatch=scene.stopwatch)
     places = [place for place, name in enumerate(scene.made) if name == "slower"]

@@ -3,8 +3,8 @@
 Each call is first made once, for its output and for an estimate of its time. The estimate determines how many timed calls
 follow. These are spread evenly over rounds, whose order changes: over as many rounds as there are calls, or twice as many if
 their number is odd, every call has every place equally often, and follows every other call equally often. Fewer rounds, and
-rounds without the slower calls, are balanced only in part. A slow call is timed once more; a very slow one is not repeated,
-and its first call is the measurement.
+rounds without the slower calls, are balanced only in part. A slow call is timed once more, or three times if it is nearly as fast
+as the fastest; a very slow one is not repeated, and its first call is the measurement.
 
 What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
 timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in
@@ -28,6 +28,8 @@ from widekernel.errors import in_short
 
 PATIENCE = 1.0, 10.0
 """Seconds beyond which a call counts as slow, and as very slow."""
+NEAR, OFTENER = 2.0, 3
+"""A slow call that takes at most so many times as long as the fastest is timed so often."""
 QUICK = 0.1
 """Seconds below which the first call is a poor estimate, so that a second call is made before planning."""
 FEWEST, MOST = 5, 300
@@ -176,11 +178,14 @@ def interleave(
         pause: seconds to wait before each turn; `SETTLING` between programs with different threads.
     """
     wanted, bursts = {}, {}
+    fastest = min((first[name] for name in calls), default=0.0)
     for name, call in calls.items():
         estimate = first[name]
         if estimate < QUICK and rounds is None:
             estimate = min(estimate, _seconds(call, stopwatch))
         wanted[name] = planned_calls(estimate, budget, rounds, patience)
+        if wanted[name] == 1 and estimate <= NEAR * fastest:
+            wanted[name] = min(OFTENER, rounds or OFTENER)
         is_short = estimate < SHORT and not stopwatch.resets
         bursts[name] = max(1, min(BURST, wanted[name] // ROUNDS)) if is_short else 0
     times: dict[str, list[float]] = {name: [] if count else [first[name]] for name, count in wanted.items()}
