@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from widekernel.engine.acceleration import Acceleration
 from widekernel.engine.autocast import make_autocast
 from widekernel.engine.average import Average
 from widekernel.engine.config import TrainingConfig
@@ -30,11 +31,13 @@ class Components:
     Args:
         trained: network, optimizer, scaler, sparsity and moving average
         step: the optimizer step, which holds the sums of losses and counts skipped steps
+        acceleration: the layers that are fastest on this machine
         progress: how far the run is
     """
 
     trained: Trained
     step: OptimizerStep
+    acceleration: Acceleration
     progress: Progress = field(default_factory=Progress)
 
     def state(self, processes: Processes) -> dict[str, Any]:
@@ -46,6 +49,7 @@ class Components:
             "optimizer": trained.optimizer.state_dict(),
             "scaler": trained.scaler.state_dict(),
             "sparsity": trained.sparsity.state(),
+            "acceleration": self.acceleration.state(),
             "skipped": self.step.counts(),
             "meters": self.step.meter.state(processes),
             "progress": self.progress.state(),
@@ -60,6 +64,7 @@ class Components:
         load_optimizer(trained.optimizer, state["optimizer"])
         trained.scaler.load_state_dict(state["scaler"])
         trained.sparsity.load_state(state.get("sparsity"))
+        self.acceleration.load_state(state.get("acceleration"))
         self.step.meter.load_state(state["meters"], processes)
         self.progress = Progress.from_state(state["progress"])
         self.step.set_counts(state["skipped"])
@@ -89,4 +94,6 @@ def create_components(
         model.compile(mode=config.loop.compile)
     trained = Trained(model, processes.wrap(model), optimizer, scaler, sparsity, average)
     deferred = device.type == "cuda" and can_be_deferred(trained)
-    return Components(trained, OptimizerStep(trained, task, config.optimizer, autocast, processes, deferred))
+    step = OptimizerStep(trained, task, config.optimizer, autocast, processes, deferred)
+    averaged = None if average is None else average.module
+    return Components(trained, step, Acceleration(model, averaged, task, config.loop, autocast, context))

@@ -44,6 +44,9 @@ class LoopConfig:
         device: auto (CUDA if available), cpu, cuda or cuda:N
         channels_last: use the channels-last memory format
         compile: mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null does not compile
+        accelerate: time the layers of the network on the first batch, as widekernel.accelerate does, and compute each in the
+            way that is fastest on this machine; results are the same up to rounding. The choices are stored with the run,
+            but they depend on times: another run may choose otherwise, and so may this one if resumed on another machine
         sync_batch_norm: compute batch norms over the images of all processes
         deterministic: use deterministic algorithms only (PyTorch's), and stop with an error where there is none; this holds
             during the run alone
@@ -59,6 +62,7 @@ class LoopConfig:
     device: str = "auto"
     channels_last: bool = False
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    accelerate: bool = False
     sync_batch_norm: bool = True
     deterministic: bool = False
     log_every: int = 10
@@ -74,6 +78,16 @@ class LoopConfig:
         require(ok, "loop.eval_batch_size", self.eval_batch_size, "positive")
         require(self.log_every > 0, "loop.log_every", self.log_every, "positive")
         require(self.timeout >= 1, "loop.timeout", self.timeout, "1 or more")
+        if self.accelerate and self.compile is not None:
+            raise ConfigError(
+                f"loop.accelerate is true, and loop.compile is {self.compile!r}: layers that are faster alone need not be "
+                "so in a compiled network. Choose one of them."
+            )
+        if self.accelerate and self.deterministic:
+            raise ConfigError(
+                "loop.accelerate and loop.deterministic are both true, but layers chosen by their measured times may differ "
+                "from run to run. Choose one of them."
+            )
 
 
 @dataclass(frozen=True)

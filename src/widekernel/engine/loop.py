@@ -74,15 +74,11 @@ class Trainer:
         self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length, config.optimizer)
         saving = config.checkpoint
         self.policy = WritePolicy(saving.on_failure, saving.max_failures, context.reporter.message)
+        notify, count, settings = context.reporter.message, context.processes.world_size, context.settings
         self.store = CheckpointStore(
-            context.folder.checkpoints,
-            saving.keep,
-            context.reporter.message,
-            policy=self.policy,
-            world_size=context.processes.world_size,
-            settings=context.settings,
+            context.folder.checkpoints, saving.keep, notify, policy=self.policy, world_size=count, settings=settings
         )
-        loggers = create_loggers(config.logging, context.folder.path, context.settings, context.reporter.message)
+        loggers = create_loggers(config.logging, context.folder.path, settings, notify)
         self.log = RunLog(context.folder.metrics, loggers if context.processes.is_main else (), context.reporter.message)
         self.rates = Rates(context.device)
         self._batches = StepBatches(data.train, config.seed, context.processes.rank)
@@ -177,6 +173,9 @@ class Trainer:
             self._note_unreadable(batch.unreadable)
         self.context.processes.note(self.progress.step, f"training step {number}")
         with errors_as(NetworkError, f"Training step {number}", self.task.sizes[0]):
+            if self.components.acceleration.is_due:
+                with self.rates.excluded():
+                    self.components.acceleration.choose(self._moved(batches[0]), self.progress.step)
             self.schedule.step_update(self.progress.step)
             made = self.step.make(batches, self._batches.positions(self.progress.step), self._moved)
             self.step.average(number, made)

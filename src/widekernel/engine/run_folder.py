@@ -25,6 +25,7 @@ LIVE_KEYS = frozenset(
         "data.timeout",
         "data.worker_restarts",
         "data.max_unreadable",
+        "loop.accelerate",
         "loop.device",
         "loop.log_every",
         "loop.eval_batch_size",
@@ -72,6 +73,7 @@ class RunFolder:
         self.model = self.path / "model.safetensors"
         self.model_ema = self.path / "model_ema.safetensors"
         self.summary = self.path / "summary.json"
+        self.acceleration = self.path / "acceleration.json"
         self.masks = self.path / "masks.safetensors"
         self.sparsity = self.path / "sparsity.json"
         self.sparsity_picture = self.path / "sparsity.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,6 +72,19 @@ class Task(ABC):
             batch: the batch, on the network's device.
             position: all randomness, such as that of mixup, must be a function of it; dropout is seeded by the engine.
         """
+
+    def example(self, batch: Batch) -> Any:
+        """Return the input that the network gets for a batch, by which `loop.accelerate` measures layers.
+
+        The network runs on it in evaluation mode.
+
+        Args:
+            batch: a batch of training, on the network's device.
+
+        Returns:
+            a tensor, a tuple of arguments or a dict of keyword arguments; `None` if this task cannot be accelerated.
+        """
+        return None
 
     @abstractmethod
     def evaluator(self) -> Evaluator:

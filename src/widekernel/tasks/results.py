@@ -97,6 +97,9 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     }
     save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
     _write_sparsity(trainer)
+    acceleration = trainer.components.acceleration.state()
+    if acceleration is not None:
+        write_file(folder.acceleration, (json.dumps(acceleration, indent=1) + "\n").encode())
     if trainer.average is not None:
         save_model(trainer.average.module, folder.model_ema, saved)
     save_curves(rows, metrics, folder.curves)

@@ -70,6 +70,10 @@ class Detection(RunTask):
         return batch.padded(height, width)
 
     @override
+    def example(self, batch: Batch) -> tuple[Any, ...]:
+        return batch.content.images, batch.content.sizes
+
+    @override
     def evaluator(self) -> CocoScores:
         assert self.truth is not None
         return CocoScores(self.truth)

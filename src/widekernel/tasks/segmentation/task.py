@@ -60,6 +60,10 @@ class Segmentation(RunTask):
         return losses
 
     @override
+    def example(self, batch: Batch) -> Tensor:
+        return batch.content[0]  # type: ignore[no-any-return]
+
+    @override
     def evaluator(self) -> PixelScores:
         predict = Predictor(self.config.test)
         return PixelScores(self.class_names, predict, self.config.data.ignore_index)

@@ -2,6 +2,6 @@
 
 from widekernel.transforms.acceleration.fusion import FusedBlock
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
-from widekernel.transforms.acceleration.swapping import accelerate
+from widekernel.transforms.acceleration.swapping import accelerate, swap_layers
 
-__all__ = ["AccelerationReport", "FusedBlock", "LayerAcceleration", "accelerate"]
+__all__ = ["AccelerationReport", "FusedBlock", "LayerAcceleration", "accelerate", "swap_layers"]

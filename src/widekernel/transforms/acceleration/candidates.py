@@ -60,7 +60,7 @@ def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
         replacement = _replacement(module)
         if replacement is None or (replacement not in (DepthwiseConv2d, NativeBatchNorm2d) and not pointwise):
             continue
-        reason = _reason_against(module, replacement)
+        reason = reason_against(module, replacement)
         found.append(Candidate(name, module, None if reason else replacement, reason))
     return found
 
@@ -100,7 +100,7 @@ def _replacement(module: nn.Module) -> type[nn.Module] | None:
     return DepthwiseConv2d if isinstance(module, DepthwiseConv2d) else None
 
 
-def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
+def reason_against(module: Any, replacement: type[nn.Module]) -> str:
     """Return why a layer must be left alone; "" if nothing prevents the alternative implementation."""
     kind = type(module)
     expected = _ORIGINALS.get(replacement, nn.Conv2d)
@@ -125,7 +125,7 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
         return f"its weight is {weight.dtype}, not a floating-point type"
     if replacement is DepthwiseConv2d:
         return "; ".join(reasons_against_depthwise(module))
-    if replacement is PointwiseConv2d and reasons_against_pointwise(module):
+    if replacement in (PointwiseConv2d, PointwiseGradConv2d) and reasons_against_pointwise(module):
         return "; ".join(reasons_against_pointwise(module))
     if weight.device.type != "cpu":
         return f"it is on {weight.device}; pointwise layers have an alternative implementation only on the CPU"

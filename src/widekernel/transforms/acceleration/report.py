@@ -95,6 +95,10 @@ class AccelerationReport:
         """Return the time of all measured layers, before and now, in milliseconds, as if no block were fused."""
         return _totals(self.layers)
 
+    def summary(self) -> str:
+        """Return one line on the layers: how many were swapped, and the time of those measured, before and now."""
+        return self._summary("layers swapped", self.layers, self.backward)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         before, now = self.totals()
@@ -124,7 +128,7 @@ class AccelerationReport:
             lines[-1:] = [f"Fused blocks in a row, each chain for one native call: {names}.", ""]
         if self.outputs is not None:
             lines[-1:] = [str(self.outputs), ""]
-        lines += [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]
+        lines += [*_table("layer", self.layers), self.summary()]
         return "\n".join(lines)
 
     def _summary(self, what: str, rows: tuple[LayerAcceleration, ...], backward: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,7 +17,14 @@ from widekernel.errors import ArgumentError, nearest
 from widekernel.layers import NativeBatchNorm2d, PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
-from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe, trains
+from widekernel.transforms.acceleration.candidates import (
+    ACCELERATED,
+    Candidate,
+    candidates,
+    describe,
+    reason_against,
+    trains,
+)
 from widekernel.transforms.acceleration.fusion import chain, fuse, unfuse
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
@@ -89,6 +96,22 @@ def accelerate(
     backward = any(trains(candidate.layer) for candidate in found)
     report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
     return model, replace(report, chains=chain(model))
+
+
+def swap_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
+    """Swap layers, in place, as a call of `accelerate` did in an equal network, without measuring.
+
+    Layers that are swapped already or cannot be swapped, such as parametrized ones, are left alone.
+
+    Args:
+        model: the network.
+        layers: class of each layer that `accelerate` swapped, by name (`row.name` and `row.after` of `report.swapped`).
+    """
+    kinds = {kind.__name__: kind for kind in ACCELERATED}
+    for name, module in model.named_modules():
+        kind = kinds.get(layers.get(name, ""))
+        if kind is not None and not reason_against(module, kind):
+            module.__class__ = kind
 
 
 def _swap_by_example(

@@ -1,0 +1,115 @@
+"""The layers of a run that are fastest on its machine (`loop.accelerate`): chosen once, and kept in its training states."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from widekernel.data.batch_plan import BatchPlan
+from widekernel.data.batches import Batch
+from widekernel.engine.config import LoopConfig
+from widekernel.engine.run_context import RunContext
+from widekernel.engine.task import Task
+from widekernel.errors import ArgumentError, ConfigError
+from widekernel.transforms.acceleration import AccelerationReport, accelerate, swap_layers
+
+
+class Acceleration:
+    """Swaps layers of the network, and of its average, for the implementations that are fastest in training.
+
+    Process 0 measures on its first batch, between two steps; then all processes swap the same layers. Layers keep their
+    parameters, so optimizers, masks and gradient averaging need not know. The choices belong to the training state: a run
+    that is resumed on an equal machine computes as before.
+
+    Args:
+        model: the network, which is not compiled.
+        average: the network of averaged weights, if there is one.
+        task: gives the example to measure with.
+        config: whether to swap anything, and the size of batches.
+        autocast: function that returns the context of a forward pass.
+        context: device, processes and reporter.
+
+    Attributes:
+        is_due: whether layers are still to be chosen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        average: nn.Module | None,
+        task: Task,
+        config: LoopConfig,
+        autocast: Callable[[], AbstractContextManager],
+        context: RunContext,
+    ) -> None:
+        self._model, self._average, self._task = model, average, task
+        self._config, self._autocast, self._context = config, autocast, context
+        self._state: dict[str, Any] | None = None
+        self.is_due = config.accelerate
+
+    def choose(self, batch: Batch, step: int) -> None:
+        """Measure, and swap layers; all processes call this together.
+
+        Args:
+            batch: batch of a forward pass in training, on the device of the network, which is in training mode.
+            step: optimizer steps done.
+
+        Raises:
+            ConfigError: the task has no example for the network, or the network cannot run on it.
+        """
+        context = self._context
+        context.processes.note(step, "choosing the fastest layers")
+        report, circumstances = context.processes.from_main(lambda: (self._measured(batch), self._circumstances()))
+        self._swap({row.name: row.after for row in report.swapped if row.after is not None}, circumstances)
+        kinds = Counter(row.after for row in report.swapped)
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        context.reporter.message(f"loop.accelerate: {report.summary()}{named and f' {named}.'}")
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the circumstances of the measurement, and the class of each swapped layer by name; `None` before it."""
+        return self._state
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Swap the layers of a result of `state`, unless it was measured under other circumstances or nothing is due."""
+        if not self.is_due or state is None:
+            return
+        now = self._context.processes.from_main(self._circumstances)
+        then = state["circumstances"]
+        changed = [f"{key} {then.get(key)} before, {value} now" for key, value in now.items() if then.get(key) != value]
+        if changed:
+            self._context.reporter.message(f"loop.accelerate: layers are chosen anew ({'; '.join(changed)}).")
+            return
+        self._swap(state["layers"], now)
+        self._context.reporter.message(f"loop.accelerate: {len(state['layers'])} layers swapped, as before.")
+
+    def _measured(self, batch: Batch) -> AccelerationReport:
+        example = self._task.example(batch)
+        if example is None:
+            raise ConfigError(
+                "loop.accelerate is true, but the task gives no input of the network to measure with: set it to false, or "
+                f"implement {type(self._task).__name__}.example."
+            )
+        try:
+            with self._autocast():
+                return accelerate(self._model, example, blocks=False)[1]
+        except ArgumentError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"loop.accelerate is true, but nothing can be measured: {reason}. Set it to false.") from error
+
+    def _circumstances(self) -> dict[str, Any]:
+        """Return what the times of layers depend on, apart from the settings that a resumed run cannot change."""
+        context, config = self._context, self._config
+        plan = BatchPlan(config.batch_size, config.micro_batch, context.processes.world_size)
+        found = {"device": context.device.type, "images": plan.per_pass, "threads": torch.get_num_threads()}
+        return {**found, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+    def _swap(self, layers: dict[str, str], circumstances: dict[str, Any]) -> None:
+        for network in filter(None, (self._model, self._average)):
+            swap_layers(network, layers)
+        self._state = {"circumstances": circumstances, "layers": layers}
+        self.is_due = False

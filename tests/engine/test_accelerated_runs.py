@@ -1,0 +1,253 @@
+"""`loop.accelerate`: a run swaps faster layers in before its first step, trains the same weights, and resumes with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.engine.nonfinite_program import PLAIN
+from tests.engine.sequences import FindEnds
+from tests.engine.test_resume import KillAt, Killed
+from tests.engine.test_sparse_runs import dynamic, learned
+from tests.engine.tiny import array_source, make_config, make_trainer, states_equal
+from tests.native import needs_native
+from tests.tasks.dense_settings import settings_of, write_scenes, write_settings
+from tests.transforms.acceleration import replace_measurement
+from torch import nn
+from torch.testing import assert_close
+
+from widekernel import ops
+from widekernel.cli.main import main
+from widekernel.cli.train import parse_config
+from widekernel.data.batches import Batch
+from widekernel.engine import (
+    CheckpointConfig,
+    EmaConfig,
+    LoopConfig,
+    Processes,
+    RunContext,
+    RunFolder,
+    ScheduleConfig,
+    Trainer,
+)
+from widekernel.engine.acceleration import Acceleration
+from widekernel.engine.config import SparsityConfig
+from widekernel.engine.reporter import SilentReporter
+from widekernel.errors import ConfigError
+from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradConv2d, PointwiseLinear
+from widekernel.tasks.classification.config import ModelConfig
+from widekernel.tasks.classification.task import Classification
+from widekernel.transforms.acceleration import timing
+
+WIDTH = 64  # enough channels for the threads of any test machine
+SWAPPED = {
+    "spatial": "DepthwiseConv2d",
+    "norm": "NativeBatchNorm2d",
+    "pointwise": "PointwiseGradConv2d",
+    "head": "PointwiseLinear",
+}
+
+
+class Net(nn.Module):
+    """A network with every kind of layer that can be swapped. Biases before the norm would have gradients of rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, WIDTH, 3, padding=1, bias=False)
+        self.spatial = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False)
+        self.norm = nn.BatchNorm2d(WIDTH)
+        self.pointwise = nn.Conv2d(WIDTH, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.pointwise(self.norm(self.spatial(self.stem(x)))).relu().mean((2, 3)))
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def trainer_of(
+    folder: Path,
+    reporter: Any = None,
+    accelerate: bool = True,
+    sparsity: SparsityConfig | None = None,
+    micro_batch: int = 3,
+    steps: int = 3,
+) -> Trainer:
+    config = make_config(
+        folder,
+        augment=PLAIN,
+        model=ModelConfig(weights="given"),  # the tests build the network themselves
+        loop=LoopConfig(batch_size=6, micro_batch=micro_batch, device="cpu", accelerate=accelerate),
+        schedule=ScheduleConfig(steps=steps, warmup_steps=1),
+        checkpoint=CheckpointConfig(every_steps=1, keep=9),
+        sparsity=sparsity or SparsityConfig(),
+        ema=EmaConfig(decay=None if sparsity and sparsity.method == "semi_structured" else 0.5),
+    )
+    return make_trainer(config, source=array_source(18), model=Net(), reporter=reporter, held_out=4)
+
+
+def grad_is_best(after: nn.Module, _: torch.Tensor) -> bool:
+    """Let `PointwiseConv2d` lose, so that its rival in training is chosen."""
+    return type(after).__name__ != "PointwiseConv2d"
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    own = (DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradConv2d, PointwiseLinear)
+    return {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, own)}
+
+
+@pytest.fixture(autouse=True)
+def _without_curves_and_earlier_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    timing.forget()
+    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
+    yield
+    timing.forget()
+
+
+@needs_native
+def test_layers_are_swapped_once_and_the_weights_are_those_of_a_plain_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, listener = replace_measurement(monkeypatch, grad_is_best), Listener()
+    plain, fast = trainer_of(tmp_path / "plain", accelerate=False), trainer_of(tmp_path / "fast", listener)
+    keys = list(fast.model.state_dict())
+    plain.run()
+    assert not asked and kinds_of(plain.model) == {}
+    with ops.trace() as trace:
+        fast.run()
+    # Shapes are those of a forward pass, and backward passes count.
+    assert {shape[0] for _, _, shape, _ in asked} == {3} and all(backward for *_, backward in asked)
+    assert kinds_of(fast.model) == SWAPPED and kinds_of(fast.average.module).items() <= SWAPPED.items()
+    assert "DepthwiseConv2d" in kinds_of(fast.average.module).values()
+    # Two forward passes in each of three steps.
+    assert len(trace.batch_norms) == 6
+    assert Counter((call.backend, call.outputs) for call in trace.pointwise_grads) == {("native", 8): 6, ("native", 3): 6}
+    assert list(fast.model.state_dict()) == keys == list(plain.model.state_dict())
+    for name, value in plain.model.state_dict().items():
+        assert_close(fast.model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    assert fast.progress.best_step == plain.progress.best_step  # evaluations took place
+    assert [text for text in listener.messages if "4 of 4 layers swapped" in text and "1 NativeBatchNorm2d" in text]
+    assert fast.state()["acceleration"]["layers"] == SWAPPED
+
+
+@needs_native
+def test_a_resumed_run_computes_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    whole = trainer_of(tmp_path / "whole")
+    whole.run()
+    with pytest.raises(Killed):
+        trainer_of(tmp_path / "cut", KillAt(2)).run()
+    asked, listener = replace_measurement(monkeypatch, False), Listener()
+    resumed = trainer_of(tmp_path / "cut", listener)
+    resumed.run()
+    assert not asked and kinds_of(resumed.model) == SWAPPED
+    assert states_equal(resumed.state(), whole.state())
+    assert "loop.accelerate: 4 layers swapped, as before." in listener.messages
+
+
+@needs_native
+def test_other_circumstances_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace_measurement(monkeypatch)
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, KillAt(3), steps=5).run()
+    # Larger forward passes are measured again.
+    asked.clear()
+    killer = KillAt(4)
+    larger = trainer_of(tmp_path, killer, micro_batch=6, steps=5)
+    with pytest.raises(Killed):
+        larger.run()
+    assert {shape[0] for _, _, shape, _ in asked} == {6} and kinds_of(larger.model)
+    assert "loop.accelerate: layers are chosen anew (images 3 before, 6 now)." in killer.messages
+    # The rest is trained without.
+    plain = trainer_of(tmp_path, accelerate=False, micro_batch=6, steps=5)
+    plain.run()
+    assert kinds_of(plain.model) == {} and plain.progress.step == 5 and plain.state()["acceleration"] is None
+
+
+@needs_native
+def test_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    moving = trainer_of(tmp_path / "dynamic", sparsity=dynamic(update_interval=1))
+    moving.run()
+    assert kinds_of(moving.model) == SWAPPED
+    weights, masks = dict(moving.model.named_parameters()), moving.sparsity.masks()
+    assert moving.sparsity.controller.updates > 0 and masks
+    assert all(not weights[name][~mask].any() for name, mask in masks.items())
+    frozen = trainer_of(tmp_path / "learned", sparsity=learned())
+    frozen.run()
+    # Masked layers are parametrized, and left alone.
+    assert kinds_of(frozen.model).items() <= SWAPPED.items() and "norm" in kinds_of(frozen.model)
+    assert "pointwise" not in kinds_of(frozen.model)
+    assert type(frozen.sparsity.finished(frozen.model).pointwise) is nn.Conv2d
+
+
+def context_of(folder: Path, processes: Processes) -> RunContext:
+    return RunContext(RunFolder(folder), torch.device("cpu"), processes)
+
+
+class Second(Processes):
+    """Process 1 of two, which receives what process 0 has found."""
+
+    found: Any = None
+
+    def from_main(self, function: Any) -> Any:
+        return Second.found
+
+
+@needs_native
+def test_process_0_chooses_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace_measurement(monkeypatch, grad_is_best)
+    task, config = Classification(PLAIN, 0.0, 3), LoopConfig(batch_size=6, accelerate=True)
+    batch = Batch((torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)), 3)
+    first = Processes(0, 2)
+    monkeypatch.setattr(Processes, "from_main", lambda _, function: setattr(Second, "found", function()) or Second.found)
+    networks = []
+    for processes in (first, Second(1, 2)):
+        network = Net()
+        acceleration = Acceleration(network, None, task, config, nullcontext, context_of(tmp_path, processes))
+        acceleration.choose(batch, 0)
+        networks.append((kinds_of(network), acceleration.state(), len(asked)))
+    assert networks[0] == networks[1] and networks[1][0] == SWAPPED and networks[1][1]["circumstances"]["images"] == 3
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loop.accelerate is true, and loop.compile is 'default'.*Choose one"):
+        LoopConfig(accelerate=True, compile="default")
+    with pytest.raises(ConfigError, match=r"loop.accelerate and loop.deterministic.*Choose one"):
+        LoopConfig(accelerate=True, deterministic=True)
+    config, context = LoopConfig(batch_size=6, accelerate=True), context_of(tmp_path, Processes())
+    batch = Batch((torch.randn(2, 5, 8, 8), torch.zeros(2, dtype=torch.long)), 2)
+    with pytest.raises(ConfigError, match=r"gives no input of the network.*FindEnds.example"):
+        Acceleration(Net(), None, FindEnds(), config, nullcontext, context).choose(batch, 0)
+    network, task = Net(), Classification(PLAIN, 0.0, 3)
+    with pytest.raises(ConfigError, match=r"nothing can be measured: the network cannot run.*Set it to false"):
+        Acceleration(network, None, task, config, nullcontext, context).choose(batch, 0)
+    assert kinds_of(network) == {}
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "fcos", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
+def test_dense_tasks_through_the_command_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = replace_measurement(monkeypatch)
+    file = write_settings(tmp_path / "run.yaml", settings_of(kind, write_scenes(tmp_path), steps=2))
+    arguments = ["--config", file, "--output", str(tmp_path / "run"), "--loop.accelerate", "true"]
+    assert parse_config(arguments).loop.accelerate
+    assert main(["train", *arguments]) == 0, capsys.readouterr().err
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "loop.accelerate:" in shown and "DepthwiseConv2d" in shown
+    record = (tmp_path / "run" / "acceleration.json").read_text()
+    assert '"device": "cpu"' in record and '"DepthwiseConv2d"' in record
+    assert (nn.Conv2d, DepthwiseConv2d) in {pair[:2] for pair in asked}
