@@ -7,6 +7,7 @@
 // is problem 0 of seed s + i. The exit status is 1 if a result is wrong, and 2 if nothing could be tested.
 #include "fuzz/depthwise_tests.hpp"
 #include "fuzz/pointwise.hpp"
+#include "fuzz/response.hpp"
 #include "fuzz/training.hpp"
 
 namespace {
