@@ -8,6 +8,7 @@
 #include "fuzz/depthwise_tests.hpp"
 #include "fuzz/pointwise.hpp"
 #include "fuzz/response.hpp"
+#include "fuzz/steps.hpp"
 #include "fuzz/training.hpp"
 
 namespace {
@@ -58,6 +59,7 @@ int main(int count, char **arguments) {
             test_response(seed + i, random, judge);
             test_pointwise_grad(seed + i, random, judge);
             test_batch_norm(seed + i, random, judge);
+            test_steps(seed + i, random);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),
                     judge.largest());

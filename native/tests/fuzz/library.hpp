@@ -27,7 +27,10 @@ struct Library {
     FUNCTION(pointwise_pack);
     FUNCTION(pointwise_free);
     FUNCTION(pointwise_run);
+    FUNCTION(pointwise_run_at);
     FUNCTION(gate_run);
+    FUNCTION(gate_run_at);
+    FUNCTION(run_steps);
     FUNCTION(pointwise_weight_grad);
     FUNCTION(batch_norm_run);
     FUNCTION(sum_workspace);
@@ -70,7 +73,10 @@ void open_library(const char *path) {
     FIND(pointwise_pack);
     FIND(pointwise_free);
     FIND(pointwise_run);
+    FIND(pointwise_run_at);
     FIND(gate_run);
+    FIND(gate_run_at);
+    FIND(run_steps);
     FIND(pointwise_weight_grad);
     FIND(batch_norm_run);
     FIND(sum_workspace);
