@@ -17,7 +17,7 @@ from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.sources import tensors_of
 from widekernel.ops.eager import is_ordinary_call
 from widekernel.ops.jit_trace import static_shape
-from widekernel.ops.partial import native_partial_sum
+from widekernel.ops.partial import Selection, native_partial_sum
 
 GHOST_SEED = 123  # the seed with which the Shift-wise authors' code selects the untouched channels
 
@@ -144,8 +144,8 @@ class FoldedPartialChannels(Folded, nn.Module):
         layer: Any = self.layer
         if not is_ordinary_call() or type(layer) is not FoldedLargeKernel or _is_observed(layer):
             return None
-        tables = self.selected, self.ghosts, self.scale, self.shift
-        return native_partial_sum(x, tensors_of(layer.kernels), layer.anchors, layer.bias, *tables)
+        selection = Selection(self.selected, self.ghosts, self.scale, self.shift)
+        return native_partial_sum(x, tensors_of(layer.kernels), layer.anchors, layer.bias, selection)
 
     def _by_parts(self, x: Tensor) -> Tensor:
         convolved = self.layer(x.index_select(1, self.selected))

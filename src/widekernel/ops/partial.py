@@ -11,7 +11,7 @@ from torch import Tensor
 from widekernel.ops import call_trace, dispatch, plain, recording
 from widekernel.ops.backends.native import NativeBackend
 from widekernel.ops.call_trace import PartialCall
-from widekernel.ops.cpu.partial import PreparedPartialSum
+from widekernel.ops.cpu.partial import PreparedPartialSum, Selection
 from widekernel.ops.dispatch import dispatch_key
 from widekernel.ops.eager import TENSOR_TYPES, is_ordinary_call
 from widekernel.ops.problem import DEPTHWISE_SUM, Anchor, Problem, is_channels_last
@@ -19,14 +19,7 @@ from widekernel.ops.registration import needs_derivatives
 
 
 def partial_depthwise_sum(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    anchors: Sequence[Anchor],
-    bias: Tensor,
-    selected: Tensor,
-    others: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor, selection: Selection
 ) -> Tensor:
     """Define the operation, in PyTorch's own operators.
 
@@ -38,27 +31,18 @@ def partial_depthwise_sum(
         kernels: rectangles (S, 1, kh, kw).
         anchors: for each rectangle the tap that sits on the output pixel.
         bias: (S,).
-        selected: S channels of `x`.
-        others: G channels of `x`.
-        scale: (G, 1, 1).
-        shift: (G, 1, 1).
+        selection: the channels of `x`.
 
     Returns:
         (N, S + G, H, W).
     """
+    selected, others, scale, shift = selection
     convolved = plain.depthwise_sum(x.index_select(1, selected), list(kernels), list(anchors), bias)
     return torch.cat([convolved, torch.addcmul(shift, x.index_select(1, others), scale)], 1)
 
 
 def native_partial_sum(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    anchors: Sequence[Anchor],
-    bias: Tensor,
-    selected: Tensor,
-    others: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor, selection: Selection
 ) -> Tensor | None:
     """Compute `partial_depthwise_sum` in one native call.
 
@@ -72,7 +56,7 @@ def native_partial_sum(
     Raises:
         ArgumentError: if a table names a channel that `x` does not have.
     """
-    floats = (*kernels, bias, scale, shift)
+    floats, tables = (*kernels, bias, selection.scale, selection.shift), selection[:2]
     if not is_ordinary_call() or torch._C._is_any_autocast_enabled() or needs_derivatives(x, *floats):
         return None
     if not _is_covered(x, torch.float32) or x.dim() != 4 or x.numel() == 0:
@@ -80,7 +64,6 @@ def native_partial_sum(
     if not x.is_contiguous() and not is_channels_last(x):
         return None
     dense = all(_is_covered(values, torch.float32) and values.is_contiguous() for values in floats)
-    tables = (selected, others)
     if not dense or not all(_is_covered(table, torch.int32) and table.is_contiguous() for table in tables):
         return None
     shapes = tuple([values.shape for values in (*floats, *tables)])
@@ -89,7 +72,7 @@ def native_partial_sum(
     if key not in choices:
         dispatch.registry.remember(key, _choice(x, shapes, tuple(anchors)))
     choice = choices[key]
-    return None if choice is None else choice(x, kernels, bias, *tables, scale, shift)
+    return None if choice is None else choice(x, kernels, bias, selection)
 
 
 class _Choice(NamedTuple):

@@ -105,10 +105,32 @@ def recording() -> Iterator[Recording]:
             OPEN[:] = [other for other in OPEN if other is not made]
 
 
-def note(call: NativeCall) -> None:
-    """Add a call to the open recordings of this thread."""
+def note(
+    kind: int,
+    owner: Any,
+    call: Any,
+    x: Tensor,
+    y: Tensor,
+    factors: Tensor | None = None,
+    residual: Tensor | None = None,
+    **rest: Any,
+) -> None:
+    """Add a call to the open recordings of this thread.
+
+    Args:
+        kind: as in `NativeCall`, like all that follow.
+        owner: the object that made the call.
+        call: the C structure.
+        x: the input.
+        y: the result.
+        factors: what the pixels of each image are multiplied by.
+        residual: what is added to the result.
+        rest: other attributes of `NativeCall`.
+    """
+    values = [None if value is None else Value.of(value) for value in (factors, residual)]
+    noted = NativeCall(kind, owner, call, Value.of(x), Value.of(y), factors=values[0], residual=values[1], **rest)
     for made in _own():
-        made.calls.append(call)
+        made.calls.append(noted)
 
 
 def note_event(event: Callable[[], None]) -> None:

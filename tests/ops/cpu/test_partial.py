@@ -18,7 +18,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import FoldedPartialChannels, LargeKernel, PartialChannels, Rectangles
 from widekernel.ops.call_trace import PartialCall
 from widekernel.ops.cpu import library
-from widekernel.ops.partial import native_partial_sum, partial_depthwise_sum
+from widekernel.ops.partial import Selection, native_partial_sum, partial_depthwise_sum
 from widekernel.ops.problem import LAYOUTS, memory_format
 
 pytestmark = needs_native
@@ -38,7 +38,8 @@ def arguments(
     kernels = [torch.randn(len(selected), 1, *size) for size in sizes]
     anchors = [(rows // 2, columns // 2) for rows, columns in sizes]
     tables = [torch.tensor(table, dtype=torch.int32) for table in (selected, others)]
-    return [x, kernels, anchors, torch.randn(len(selected)), *tables, *torch.randn(2, len(others), 1, 1)]
+    selection = Selection(*tables, *torch.randn(2, len(others), 1, 1))
+    return [x, kernels, anchors, torch.randn(len(selected)), selection]
 
 
 def in_double(values: list[Any]) -> Tensor:
@@ -47,6 +48,8 @@ def in_double(values: list[Any]) -> Tensor:
     def wide(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.double() if value.is_floating_point() else value
+        if isinstance(value, Selection):
+            return Selection(*map(wide, value))
         return [wide(part) for part in value] if isinstance(value, list) else value
 
     return partial_depthwise_sum(*[wide(value) for value in values])

@@ -82,10 +82,7 @@ class Gate:
             call = self._description(x)
             self._library.check(self._library.calls.wk_gate_run_at(call, x.data_ptr(), y.data_ptr()))
             if recording.OPEN:
-                made = recording.NativeCall(
-                    kind=native.GATE_STEP, owner=self, call=call, x=recording.Value.of(x), y=recording.Value.of(y)
-                )
-                recording.note(made)
+                recording.note(native.GATE_STEP, self, call, x, y)
         return y
 
     def __deepcopy__(self, _memo: object) -> Gate:

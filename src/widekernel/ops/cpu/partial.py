@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +16,27 @@ from widekernel.ops.cpu.prepared import PreparedSum
 from widekernel.ops.problem import memory_format
 
 
+class Selection(NamedTuple):
+    """The channels of an image that are convolved, and the others, which follow them in the result, scaled and shifted.
+
+    Attributes:
+        selected: S channels of the image, whole numbers.
+        others: G channels of the image, whole numbers.
+        scale: (G, 1, 1), factors of the others.
+        shift: (G, 1, 1), summands of the others.
+    """
+
+    selected: Tensor
+    others: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
 class PreparedPartialSum(PreparedSum):
     """Calls of `partial_depthwise_sum` of one problem: that of the selected channels alone."""
 
     def __call__(  # type: ignore[override]
-        self,
-        x: Tensor,
-        kernels: Sequence[Tensor],
-        bias: Tensor,
-        selected: Tensor,
-        others: Tensor,
-        scale: Tensor,
-        shift: Tensor,
+        self, x: Tensor, kernels: Sequence[Tensor], bias: Tensor, selection: Selection
     ) -> Tensor:
         """Compute `partial_depthwise_sum`.
 
@@ -34,43 +44,30 @@ class PreparedPartialSum(PreparedSum):
             x: (N, C, H, W), stored as NCHW or NHWC, float32.
             kernels: (S, 1, kh, kw) each, contiguous.
             bias: (S,), contiguous.
-            selected: S channels, int32, contiguous.
-            others: the channels behind them in the result, int32, contiguous.
-            scale: one factor for each of the others, contiguous.
-            shift: one summand for each of the others, contiguous.
+            selection: channels in int32, factors and summands in float32, contiguous.
 
         Returns:
-            (N, S + number of others, H, W), in the layout of `x`.
+            (N, S + G, H, W), in the layout of `x`.
 
         Raises:
             ArgumentError: if a table names a channel that `x` does not have.
             NativeMemoryError: if there is no memory for the working space.
         """
         images, inputs, height, width = x.shape
-        shape = images, selected.numel() + others.numel(), height, width
+        others = selection.others.numel()
+        shape = images, selection.selected.numel() + others, height, width
         layout = memory_format(x)
         y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
         key = x.stride()
         call = self._calls.get(key) or self._calls.setdefault(key, self._prepared_call(x, y, layout))
         taps = self._addresses(*[kernel.data_ptr() for kernel in kernels])
-        tables = (selected, others, scale, shift)
-        partial = native.Partial(inputs, others.numel(), *[table.data_ptr() for table in tables])
+        partial = native.Partial(inputs, others, *[table.data_ptr() for table in selection])
         where = bias.data_ptr()
         error = self._run(call.description, x.data_ptr(), y.data_ptr(), taps, None, where, False, ctypes.byref(partial))
         if error == native.BAD_ARGUMENT:
             raise ArgumentError(f"the channels selected and others must lie in 0..{inputs - 1}, those of the image")
         self._library.check(error)
         if recording.OPEN:
-            made = recording.NativeCall(
-                kind=native.DEPTHWISE_STEP,
-                owner=self,
-                call=call.description,
-                x=recording.Value.of(x),
-                y=recording.Value.of(y),
-                taps=taps,
-                constants=(*kernels, bias, *tables),
-                shift=where,
-                partial=partial,
-            )
-            recording.note(made)
+            made = native.DEPTHWISE_STEP, self, call.description, x, y
+            recording.note(*made, taps=taps, constants=(*kernels, bias, *selection), shift=where, partial=partial)
         return y

@@ -193,17 +193,7 @@ class PackedBlock:
             if error:
                 self._library.check(error)
             if recording.OPEN:
-                made = recording.NativeCall(
-                    kind=native.PRODUCTS_STEP,
-                    owner=self,
-                    call=call.description,
-                    x=recording.Value.of(x),
-                    y=recording.Value.of(y),
-                    packed=self._packed,
-                    factors=None if factors is None else recording.Value.of(factors),
-                    residual=None if residual is None else recording.Value.of(residual),
-                )
-                recording.note(made)
+                recording.note(native.PRODUCTS_STEP, self, call.description, x, y, factors, residual, packed=self._packed)
         return y
 
     def __deepcopy__(self, _memo: object) -> PackedBlock:

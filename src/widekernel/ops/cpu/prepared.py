@@ -80,19 +80,9 @@ class PreparedSum:
         if error:
             self._library.check(error)
         if recording.OPEN:
-            made = recording.NativeCall(
-                kind=native.DEPTHWISE_STEP,
-                owner=self,
-                call=call.description,
-                x=recording.Value.of(x),
-                y=recording.Value.of(y),
-                taps=addresses,
-                constants=(*taps, *[values for values in (scale, bias) if values is not None]),
-                scale=factor,
-                shift=shift,
-                relu=relu,
-            )
-            recording.note(made)
+            constants = (*taps, *[values for values in (scale, bias) if values is not None])
+            made = native.DEPTHWISE_STEP, self, call.description, x, y
+            recording.note(*made, taps=addresses, constants=constants, scale=factor, shift=shift, relu=relu)
         return y
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
