@@ -102,7 +102,8 @@ def fitted(timings: list[Timing], start: Costs, most: int) -> Costs:
         return errors + 2 * sum((value - before) ** 2 for value, before in zip(logarithms, first))
 
     first = [math.log(getattr(start, name)) for name in FITTED]
-    bounds = [(math.log(most / 4), math.log(most)) if name.endswith("rate") else (math.log(0.5), math.log(1000)) for name in FITTED]
+    bounds = [(most / 4, most) if name.endswith("rate") else (0.5, 1000) for name in FITTED]
+    bounds = [(math.log(least), math.log(greatest)) for least, greatest in bounds]
     return costs_at(list(minimize(badness, first, method="Powell", bounds=bounds, options={"maxiter": 3}).x))
 
 

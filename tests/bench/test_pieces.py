@@ -13,12 +13,13 @@ from torch import nn
 from widekernel import ops
 from widekernel.bench import pieces
 from widekernel.bench.pieces import Calls, PieceRow, accelerated, flop_of, measure_pieces, observe, piece_of, rows_of
+from widekernel.bench.precision import BFLOAT16, FLOAT32, INT8, Precision
 from widekernel.bench.spans import Span, Spans, native_callers
 from widekernel.bench.timing import WallClock
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, Rect
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 from widekernel.ops.cpu import library
-from widekernel.ops.cpu.pointwise import PackedBlock
+from widekernel.ops.cpu.pointwise import PackedBlock, reason_against
 from widekernel.transforms.acceleration.fusion.fused import FusedBlock
 
 pytestmark = pytest.mark.usefixtures("untimed")
@@ -182,7 +183,7 @@ def test_pieces(path: str, owner: nn.Module, piece: str) -> None:
 def test_pieces_add_up() -> None:
     network = Network().eval()
     made = {"some": lambda: (network, 32)}
-    rows = list(measure_pieces(made, [1, 2], None, 100.0, 1e-3))
+    rows = list(measure_pieces(made, [1, 2], None, [FLOAT32], {FLOAT32: 100.0}, 1e-3))
     assert {(row.model, row.batch, row.size, row.layout) for row in rows} == {
         ("some", batch, 32, layout) for batch in (1, 2) for layout in ("NCHW", "NHWC")
     }
@@ -196,8 +197,30 @@ def test_pieces_add_up() -> None:
                 assert math.isclose(sum(getattr(row, key) for row in parts), total, rel_tol=1e-6)
             products = 2 * batch * (64 * 8 * 32 * 32 + 16 * 8 * 64 * 64)
             assert whole.gflop > products / 1e9 and whole.unobserved_ms > 0
-    assert [name for name, _ in pieces.columns(rows)][1] == "images"
+    assert [name for name, _ in pieces.columns(rows)][1] == "images" and "products in" not in dict(pieces.columns(rows))
     assert "images" not in dict(pieces.columns(rows[:3]))
+
+
+def test_products_are_compared_with_the_peak_of_their_precision() -> None:
+    parts = [pieces._Part(pieces.FUSED, "a", 1.0, 30e9), pieces._Part(pieces.DEPTHWISE, "b", 2.0, 5e9)]
+    fields = {"model": "m", "batch": 1, "size": 1, "layout": "NCHW", "precision": "bfloat16"}
+    depthwise, fused, whole = rows_of(Calls([parts], 1.0), 40.0, 10.0, **fields)
+    assert [row.piece for row in (depthwise, fused, whole)] == [pieces.DEPTHWISE, pieces.FUSED, pieces.WHOLE]
+    assert math.isclose(fused.peak_share, 30 / 40) and math.isclose(depthwise.peak_share, 5 / 10 / 2)
+    assert math.isclose(whole.peak_share, (30 / 40 + 5 / 10) / 3)
+
+
+@pytest.mark.parametrize("precision", [BFLOAT16, INT8], ids=lambda precision: precision.name)
+def test_pieces_in_lower_precisions(precision: Precision) -> None:
+    reason = reason_against(precision.name)
+    if reason is not None:
+        pytest.skip(reason)
+    made, peaks = {"some": lambda: (Network().eval(), 32)}, {FLOAT32: 1.0, precision: 2.0}
+    with ops.trace() as trace:
+        rows = list(measure_pieces(made, [1], None, [precision], peaks, 1e-3))
+    assert {row.precision for row in rows} == {precision.name}
+    assert any(call.precision == precision.name for call in trace.fused)
+    assert {pieces.FUSED, pieces.WHOLE} <= {row.piece for row in rows}
 
 
 def test_the_slowest_and_the_fastest_calls_do_not_count() -> None:
@@ -212,7 +235,7 @@ def test_the_slowest_and_the_fastest_calls_do_not_count() -> None:
             found.append(spans.take())
     calls = pieces.middle_of(found, [1.0, 2.0, 9.0])
     assert sorted(part.seconds for parts in calls.observed for part in parts) == [2.0, 3.0, 3.0, 4.0]
-    (only, whole) = rows_of(calls, 10.0, model="m", batch=1, size=1, layout="NCHW")
+    (only, whole) = rows_of(calls, 20.0, 10.0, model="m", batch=1, size=1, layout="NCHW", precision="float32")
     assert isinstance(only, PieceRow) and only.ms == whole.ms == 3000.0 and whole.unobserved_ms == 2000.0
     assert isinstance(calls, Calls)
 

@@ -121,7 +121,6 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
         (["models"], "names is [], but must be at least one model"),
         (["models", "slak_nano", "--pieces", "--rivals", "all"], "rivals is 'all', but must be left out with --pieces"),
         (["models", "slak_nano", "--pieces", "--compile"], "compile is True, but must be left out with --pieces"),
-        (["models", "slak_nano", "--pieces", "--dtypes", "bfloat16"], "dtypes is 'bfloat16', but must be float32 with"),
         (["models", "slak_nano", "--pieces", "--modes", "train"], "modes is 'train', but must be infer with --pieces"),
         (["models", "slak_nano", "--pieces", "--rounds", "3"], "rounds is 3, but must be left out with --pieces"),
         (["models", "slak_nano", "--batch", "2,x"], "batch is '2,x', but must be positive whole numbers with commas"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.bench.networks import example_batch
+from widekernel.bench.precision import FLOAT32, Precision
 from widekernel.bench.spans import Span, Spans
 from widekernel.bench.tables import Column, significant
 from widekernel.bench.timing import SHORT, Stopwatch, WallClock
@@ -47,10 +49,14 @@ NOTES: tuple[str, ...] = (
     "blocks, which include norm, activation and residual. other products: linear layers and 1×1 convolutions that are not "
     "fused. copies, additions, calls: what modules do outside of the modules inside them, and the Python code around all.",
     "GFLOP: two operations for each multiply-accumulate of products, convolutions and depthwise layers, without taps "
-    "outside of the image. of peak: their speed relative to the FMA peak of the machine.",
-    "all pieces: their sum. unobserved: the whole call without observation; the difference is what observing costs.",
+    "outside of the image. of peak: their speed relative to the FMA peak of the machine; in a lower precision, the stem, "
+    "downsampling and fused products are compared with the peak of that precision, and the rest, which is float32, with "
+    "that of float32.",
+    "all pieces: their sum; of peak: the time that all operations would take at these peaks, relative to it. unobserved: "
+    "the whole call without observation; the difference is what observing costs.",
 )
 _NORMS = ("Norm", "Affine")
+_PACKED = (STEM, DOWN, FUSED)  # pieces that are computed in the precision of products
 _FEWEST, _LARGEST = 5, 3  # observed calls, at least; parts that are named
 
 
@@ -63,13 +69,14 @@ class PieceRow:
         batch: images per call.
         size: height and width of the images.
         layout: layout of the images.
+        precision: that of the products in fused layers.
         piece: one of `PIECES`, or `WHOLE`.
         calls: number of modules and native calls.
         ms: time in milliseconds.
         share: share of the time of all pieces.
         gflop: floating-point operations, in units of 10⁹; those of convolutions as far as taps lie on pixels.
         gflops: `gflop` by time, in GFLOP/s.
-        peak_share: `gflops` relative to the FMA peak of the machine.
+        peak_share: the time that the operations would take at the peak, relative to the time of the piece.
         unobserved_ms: median time of the whole network without observation.
         largest: the three parts that take most of the time, with their milliseconds.
     """
@@ -78,6 +85,7 @@ class PieceRow:
     batch: int
     size: int
     layout: str
+    precision: str
     piece: str
     calls: int
     ms: float
@@ -93,6 +101,7 @@ _COLUMNS: Sequence[Column] = (
     ("model", lambda row: row.model),
     ("images", lambda row: str(row.batch)),
     ("layout", lambda row: row.layout),
+    ("products in", lambda row: row.precision),
     ("piece", lambda row: row.piece),
     ("calls", lambda row: str(row.calls)),
     ("ms", lambda row: significant(row.ms)),
@@ -126,15 +135,17 @@ class Calls(NamedTuple):
 
 
 def columns(rows: Sequence[PieceRow]) -> list[Column]:
-    """Return the columns of the table; the number of images is one of them if it varies."""
-    return [column for column in _COLUMNS if column[0] != "images" or len({row.batch for row in rows}) > 1]
+    """Return the columns of the table; the number of images and the precision are among them if they vary."""
+    alike = {"images": len({row.batch for row in rows}) <= 1, "products in": len({row.precision for row in rows}) <= 1}
+    return [column for column in _COLUMNS if not alike.get(column[0], False)]
 
 
 def measure_pieces(
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]],
     batches: Sequence[int],
     size: int | None,
-    peak: float,
+    precisions: Sequence[Precision],
+    peaks: Mapping[Precision, float],
     seconds: float,
     advance: Callable[[str, int], None] = lambda what, steps: None,
     stopwatch: Stopwatch = WallClock(),  # noqa: B008 - it has no state
@@ -145,8 +156,9 @@ def measure_pieces(
         networks: by name, functions that build the network and return it with the side of its default images.
         batches: numbers of images per call.
         size: height and width of the images; None for the network's own.
-        peak: FMA peak of the machine with the current number of threads, in GFLOP/s.
-        seconds: time to spend on each network and layout.
+        precisions: those of the products in fused layers.
+        peaks: FMA peak of the machine with the current number of threads, in each precision and in float32, in GFLOP/s.
+        seconds: time to spend on each network, layout and precision.
         advance: called with a description of the next step, and the number of networks that were finished.
         stopwatch: times the unobserved calls.
     """
@@ -155,21 +167,23 @@ def measure_pieces(
         network = with_visible_blocks(network)
         for batch in batches:
             images, _ = example_batch(name, network, batch, size or usual)
-            for layout in LAYOUTS:
-                advance(f"{name}, {batch} images, {layout}", 0)
+            for precision, layout in itertools.product(precisions, LAYOUTS):
+                advance(f"{name}, {batch} images, {layout}, {precision.name}", 0)
                 x = images.contiguous(memory_format=LAYOUTS[layout])
-                calls = observe(accelerated(network, x, layout), x, seconds, stopwatch)
-                yield from rows_of(calls, peak, model=name, batch=batch, size=x.shape[2], layout=layout)
+                calls = observe(accelerated(network, x, layout, precision), x, seconds, stopwatch)
+                fields = {"model": name, "batch": batch, "size": x.shape[2], "layout": layout, "precision": precision.name}
+                yield from rows_of(calls, peaks[precision], peaks[FLOAT32], **fields)
         advance("", 1)
 
 
-def accelerated(network: nn.Module, images: Tensor, layout: str) -> nn.Module:
-    """Return a folded and accelerated copy of a network, for images in a layout."""
+def accelerated(network: nn.Module, images: Tensor, layout: str, precision: Precision = FLOAT32) -> nn.Module:
+    """Return a folded and accelerated copy of a network, for images in a layout and products in a precision."""
     with warnings.catch_warnings():
         # The warnings are about layers that cannot be folded.
         warnings.simplefilter("ignore")
         folded = fold(copy.deepcopy(network).eval())
-    result, _ = accelerate(folded.to(memory_format=LAYOUTS[layout]), images)  # type: ignore[call-overload]
+    folded = folded.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    result, _ = accelerate(folded, images, precision=precision.name)
     return result  # type: ignore[no-any-return]
 
 
@@ -277,12 +291,13 @@ def middle_of(observed: Sequence[Sequence[Span]], unobserved: Sequence[float]) -
     return Calls(calls[quarter : len(calls) - quarter], statistics.median(unobserved))
 
 
-def rows_of(calls: Calls, peak: float, **fields: Any) -> Iterator[PieceRow]:
+def rows_of(calls: Calls, peak: float, float32_peak: float, **fields: Any) -> Iterator[PieceRow]:
     """Yield the row of each piece that occurs, and that of all pieces.
 
     Args:
         calls: the observed calls.
-        peak: FMA peak of the machine, in GFLOP/s.
+        peak: FMA peak of the machine in the precision of products, in GFLOP/s.
+        float32_peak: the same in float32.
         fields: the fields of `PieceRow` that describe the network.
     """
     count = len(calls.observed)
@@ -293,6 +308,7 @@ def rows_of(calls: Calls, peak: float, **fields: Any) -> Iterator[PieceRow]:
         if not chosen:
             continue
         seconds, gflop = sum(part.seconds for part in chosen) / count, sum(part.flop for part in chosen) / count / 1e9
+        at_peak = sum(part.flop / (peak if part.piece in _PACKED else float32_peak) for part in chosen) / count / 1e9
         labels: dict[str, float] = defaultdict(float)
         for part in chosen:
             labels[part.label] += part.seconds / count
@@ -305,7 +321,7 @@ def rows_of(calls: Calls, peak: float, **fields: Any) -> Iterator[PieceRow]:
             share=seconds / whole,
             gflop=gflop,
             gflops=gflop / seconds,
-            peak_share=gflop / seconds / peak,
+            peak_share=at_peak / seconds,
             unobserved_ms=1e3 * calls.unobserved,
             largest="" if piece == WHOLE else "; ".join(f"{label} {significant(1e3 * time)}" for label, time in largest),
         )

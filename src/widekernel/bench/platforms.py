@@ -13,7 +13,7 @@ from widekernel.bench.cases import Case
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.machine import Machine, copy_bandwidth
-from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
+from widekernel.bench.precision import BFLOAT16, FLOAT32, INT8, Precision
 from widekernel.bench.timing import PATIENCE, Stopwatch, WallClock
 from widekernel.errors import ArgumentError
 
@@ -78,11 +78,12 @@ def cpu_platform(machine: Machine) -> Platform:
     """Return the CPU of this machine."""
 
     def peak(precision: Precision) -> float:
-        if precision is not BFLOAT16:
+        if precision not in (BFLOAT16, INT8):
             return machine.peak
-        if machine.bfloat16_peak is None:
-            raise ArgumentError("precision is 'bfloat16', but this machine has no such products: time float32")
-        return machine.bfloat16_peak
+        found = machine.bfloat16_peak if precision is BFLOAT16 else machine.int8_peak
+        if found is None:
+            raise ArgumentError(f"precision is {precision.name!r}, but this machine has no such products: time float32")
+        return found
 
     return Platform(
         device=torch.device("cpu"),

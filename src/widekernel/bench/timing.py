@@ -3,8 +3,8 @@
 Each call is first made once, for its output and for an estimate of its time. The estimate determines how many timed calls
 follow. These are spread evenly over rounds, whose order changes: over as many rounds as there are calls, or twice as many if
 their number is odd, every call has every place equally often, and follows every other call equally often. Fewer rounds, and
-rounds without the slower calls, are balanced only in part. A slow call is timed once more, or three times if it is nearly as fast
-as the fastest; a very slow one is not repeated, and its first call is the measurement.
+rounds without the slower calls, are balanced only in part. A slow call is timed once more, or three times if it is nearly as
+fast as the fastest; a very slow one is not repeated, and its first call is the measurement.
 
 What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
 timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in

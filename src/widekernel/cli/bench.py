@@ -179,14 +179,14 @@ def _bench_pieces(
     require(accelerator is None, "pieces", True, "left out with --device cuda: pieces are observed on the CPU")
     for key, neutral in (("rivals", None), ("compile", False), ("rounds", None)):
         require(values[key] == neutral, key, values[key], "left out with --pieces, which observes accelerated networks only")
-    dtypes = ",".join(precision.name for precision in values["dtypes"])
-    require(dtypes in ("", FLOAT32.name), "dtypes", dtypes, "float32 with --pieces")
+    precisions = values["dtypes"] or [FLOAT32]
     modes = values["modes"]
     require(modes in ("infer", _MODES), "modes", modes, "infer with --pieces, which observes no training")
     run = Run(values, files, None, len(networks))
 
     def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
-        settings = values["size"], platform.peak(FLOAT32), values["seconds"]
+        peaks = {precision: platform.peak(precision) for precision in (FLOAT32, *precisions)}
+        settings = values["size"], precisions, peaks, values["seconds"]
         return pieces.measure_pieces(networks, batches, *settings, advance)
 
     rows = run.measure(measure, lambda: None)

@@ -1,4 +1,4 @@
-"""Kernels of few rows, whose images pass through a small buffer, against the definition in float64."""
+"""Kernels of few rows, whose images are read in the order of memory, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -53,6 +53,19 @@ def test_random_calls(name: str, call: tuple) -> None:
     want = reference.depthwise_sum(x.double(), [kernel.double()], [anchor], *wide, relu)
     assert (y.dtype, y.stride()) == (x.dtype, x.stride())
     assert relative_error(y, want) <= LIMIT[x.dtype]
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (13, 5)], ids=str)
+@pytest.mark.parametrize("channels", [512, 528, 1041])
+@pytest.mark.usefixtures("isa")
+def test_many_channels(channels: int, size: tuple[int, int]) -> None:
+    """Several groups of channels, some with an incomplete vector; pixels of 512 channels are 2 KiB apart."""
+    x = torch.randn(1, channels, 9, 5).contiguous(memory_format=torch.channels_last)
+    kernel, bias = torch.randn(channels, 1, *size), torch.randn(channels)
+    y = ops.depthwise_sum(x, [kernel], bias=bias, relu=True, algorithm="direct", backend="native")
+    padding = size[0] // 2, size[1] // 2
+    want = F.conv2d(x.double(), kernel.double(), bias.double(), padding=padding, groups=channels).relu()
+    assert relative_error(y, want) <= LIMIT[torch.float32]
 
 
 @pytest.mark.slow

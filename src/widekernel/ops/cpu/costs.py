@@ -1,4 +1,4 @@
-"""Constants of the cost model in plan.py, for each instruction set and kind of processor; `benchmarks/cpu_costs.py` measures them."""
+"""Constants of the cost model in plan.py by instruction set and processor; `benchmarks/cpu_costs.py` measures them."""
 
 from __future__ import annotations
 
