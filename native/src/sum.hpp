@@ -118,7 +118,10 @@ class Sum {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.planes = carver.take<Vec>(rolls_ ? rolling_.buffered(together_, call_.channels) * rolling_.room() : (together_ + spare_) * Padded(inputs_, margin_).room());
+        const bool packs = !in_place_ || call_.channels % LANES != 0;
+        own.planes = carver.take<Vec>(rolls_  ? rolling_.buffered(together_, call_.channels) * rolling_.room()
+                                      : packs ? (together_ + spare_) * Padded(inputs_, margin_).room()
+                                              : 0);
         int64_t loose = 0;
         for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
         own.room = carver.take<Vec>(most(room_, kernel_room() + loose));
