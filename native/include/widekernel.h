@@ -205,7 +205,8 @@ int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, c
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 // How the image of a call passes through memory: "packed" if it is copied as a whole, "rolling rows" if it is copied row by row into a
-// small buffer, or "in place" if it is not copied, except for the last channels if these do not fill a vector.
+// small buffer; "in place", or "in order" of memory by kernels of few rows, if it is not copied, except for the last group of channels
+// if these do not fill whole vectors.
 const char *wk_sum_form(const wk_sum *call);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
 

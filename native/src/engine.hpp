@@ -53,9 +53,11 @@ struct Band {
     int64_t begin, end, from, to;
     Extent outputs, inputs;
 
-    static Band of(int64_t index, int64_t count, int64_t height, int64_t width, int64_t above, int64_t below) {
+    // Bands begin at multiples of `unit` rows, of which there must be `count`.
+    static Band of(int64_t index, int64_t count, int64_t height, int64_t width, int64_t above, int64_t below, int64_t unit = 1) {
+        const int64_t units = height / unit;
         Band band;
-        band.begin = height * index / count, band.end = height * (index + 1) / count;
+        band.begin = units * index / count * unit, band.end = index + 1 < count ? units * (index + 1) / count * unit : height;
         band.from = most(0, band.begin - above), band.to = least(height, band.end + below);
         band.outputs = {band.end - band.begin, width}, band.inputs = {band.to - band.from, width};
         return band;

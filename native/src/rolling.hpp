@@ -14,19 +14,24 @@ namespace WK_NAMESPACE {
 
 // The buffers of neighboring blocks, a part of the second-level cache.
 constexpr int64_t ROLLING_VECTORS = (int64_t{9} << 16) / static_cast<int64_t>(sizeof(Vec));
-// Kernels of up to this many rows always pass through a buffer, those of up to FEW_ROWS if the image has at least this many numbers
-// (16 MiB), which the caches do not hold. In the caches, copying rows costs more than it saves (measured on an AMD Zen 5).
+// Otherwise, images of kernels of up to this many rows pass through a buffer, those of up to FEW_ROWS if the image has at least so
+// many numbers (16 MiB), which the caches do not hold. In the caches, copying rows costs more than it saves (measured on an AMD Zen 5).
 constexpr int64_t ALWAYS_ROLLING_ROWS = WK_REGISTERS >= 32 ? 5 : 0, ROLLING_NUMBERS = int64_t{4} << 20;
 
-// Kernels that are read in place (the rules were measured on an AMD Zen 4): those of up to FEW_ROWS rows, and those of more, in
-// turns, if they have too many taps for tiles of two rows. Larger ones gain more from packed images.
+// Kernels whose images are read in place (the rules were measured on an AMD Zen 4): those of up to FEW_ROWS rows, and those of more,
+// in turns, if they have more than FEW_TAPS taps, with which Sum would pack the image. Larger ones gain more from packing.
 constexpr int64_t IN_ORDER_ROWS = WK_REGISTERS >= 32 ? 13 : 0, IN_ORDER_TAPS = 91;
 // Neighboring blocks that are read in place together: 2 KiB of each pixel.
 constexpr int64_t IN_ORDER_BLOCKS = 2048 / static_cast<int64_t>(sizeof(Vec));
-// At distances of so many bytes, pixels compete for a few sets of a first-level cache.
-constexpr int64_t COMPETING_BYTES = 2048;
+// At distances of so many bytes, pixels or rows compete for a few sets, or a single one, of a first-level cache.
+constexpr int64_t FEW_SETS = 2048, SAME_SET = 4096;
 
-constexpr int64_t MOST_TURNS_ROWS = most(FEW_ROWS, IN_ORDER_ROWS);
+constexpr int64_t MOST_ROWS_IN_TURNS = most(FEW_ROWS, IN_ORDER_ROWS);
+
+// Bytes from a pixel of an image to the next one in a row, and in a column.
+struct Distances {
+    int64_t column = 0, row = 0;
+};
 
 // The sizes of a call. Tasks take some rows of outputs: at least FEW_HIGH.
 struct Rolling {
@@ -36,12 +41,16 @@ struct Rolling {
     bool in_order = false;  // whole blocks are read in place
 
     Rolling() = default;
-    // `distance`: bytes from a pixel to the next one in the image and in the result, where lanes are channels of float32; else 0.
-    Rolling(Extent of_taps, Extent of_anchor, Extent image, bool lanes_are_pixels, int64_t distance)
+    // The distances are 0 unless lanes are channels of float32.
+    Rolling(Extent of_taps, Extent of_anchor, Extent image, bool lanes_are_pixels, Distances apart)
         : taps(of_taps), anchor(of_anchor), height(image.rows), width(image.columns), pixels(lanes_are_pixels) {
-        const bool competes = distance % COMPETING_BYTES == 0 && taps.columns > 3;
-        in_order = distance > 0 && !competes && taps.area() <= IN_ORDER_TAPS &&
-                   taps.rows <= (taps.area() > FEW_TAPS ? IN_ORDER_ROWS : least(IN_ORDER_ROWS, FEW_ROWS));
+        const bool fits = taps.area() <= IN_ORDER_TAPS &&
+                          taps.rows <= (taps.area() > FEW_TAPS ? IN_ORDER_ROWS : least(IN_ORDER_ROWS, FEW_ROWS));
+        const bool competes = apart.column % SAME_SET == 0 || (apart.column % FEW_SETS == 0 && taps.columns > 3);
+        // What the alternatives of the larger kernels do not suffer from: rows that compete, and the last tile's overlap.
+        const bool larger = taps.rows > ALWAYS_ROLLING_ROWS;
+        const bool overlaps = 10 * FEW_HIGH * ceil_div(height, FEW_HIGH) > 11 * height;
+        in_order = apart.column > 0 && fits && !competes && !(larger && (overlaps || apart.row % SAME_SET == 0));
     }
 
     // Whether the kernel is small enough for an image of so many numbers, and the outputs fill a tile.
@@ -105,7 +114,7 @@ template <class Type> struct RollingTask {
     // FEW_HIGH rows of outputs from row a. The rows from `next` are packed later.
     template <class Pack, class Compute> void roll(const float *buffer, Pack &&pack, Compute &&compute) const {
         const int64_t above = shape.anchor.rows, slots = shape.slots(), pitch = shape.pitch() * LANES;
-        const float *rows[FEW_HIGH + MOST_TURNS_ROWS - 1];
+        const float *rows[FEW_HIGH + MOST_ROWS_IN_TURNS - 1];
         FewRows c;
         c.rows = rows, c.columns = shape.taps.columns, c.relu = relu, c.stream = stream;
         int64_t packed = most(0, begin - above), slot = packed % slots;
@@ -130,7 +139,7 @@ template <class Type> struct RollingTask {
     void run_in_order(int64_t whole) const {
         const int64_t width = shape.width, above = shape.anchor.rows, slots = shape.slots();
         const FewRowsTurns<FEW_WIDE, false> turns(shape.taps.rows);
-        const float *rows[FEW_HIGH + MOST_TURNS_ROWS - 1];
+        const float *rows[FEW_HIGH + MOST_ROWS_IN_TURNS - 1];
         FewRows c;
         c.rows = rows, c.columns = shape.taps.columns, c.relu = relu, c.stream = stream;
         c.x_tap = c.x_tile = x.column, c.out_row = y.row, c.out_tile = y.column;

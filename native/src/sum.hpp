@@ -31,8 +31,9 @@ class Sum {
             const wk_pass &pass = call.pass[0];
             const bool pixels = x_.column == 1 && call.y.column == 1 && !(adjoin && call.channels > 1);
             const bool whole = adjoin && !pixels && call.dtype == WK_FLOAT32 && call.channels >= LANES;
-            const int64_t distance = whole ? absolute(x_.column) * int64_t{sizeof(float)} : 0;
-            rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, {call.height, call.width}, pixels, distance};
+            constexpr int64_t bytes = sizeof(float);
+            const Distances apart = whole ? Distances{absolute(x_.column) * bytes, absolute(x_.row) * bytes} : Distances{};
+            rolling_ = {{pass.rows, pass.columns}, {pass.row, pass.column}, {call.height, call.width}, pixels, apart};
             rolls_ = (adjoin || rolling_.pixels) && rolling_.pays(numbers);
         }
         if (rolls_) {
@@ -72,7 +73,7 @@ class Sum {
     }
 
     const char *form() const {
-        if (rolls_) return rolling_.in_order ? "in place" : "rolling rows";
+        if (rolls_) return rolling_.in_order ? "in order" : "rolling rows";
         return in_place_ && fills_vectors(0) ? "in place" : "packed";
     }
 
@@ -220,7 +221,10 @@ class Sum {
     // Whether no block of the group has fewer channels than a vector; only the last group may.
     bool fills_vectors(int64_t group) const { return group < groups_ - 1 || call_.channels % LANES == 0; }
 
-    Band band_at(int64_t index) const { return Band::of(index, bands_, call_.height, call_.width, above_, below_); }
+    // With kernels of few rows, bands are whole tiles, except for the last one: the last tile of a band overlaps the one before.
+    Band band_at(int64_t index) const {
+        return Band::of(index, bands_, call_.height, call_.width, above_, below_, rolls_ ? FEW_HIGH : 1);
+    }
 
     template <class Type> void compute(int64_t task) {
         Carver carver{own_block()};

@@ -28,8 +28,8 @@ from widekernel.errors import in_short
 
 PATIENCE = 1.0, 10.0
 """Seconds beyond which a call counts as slow, and as very slow."""
-NEAR, OFTENER = 2.0, 3
-"""A slow call that takes at most so many times as long as the fastest is timed so often."""
+NEAR, NEAR_CALLS = 2.0, 3
+"""A slow call that takes at most `NEAR` times as long as the fastest, or is the fastest, is timed `NEAR_CALLS` times."""
 QUICK = 0.1
 """Seconds below which the first call is a poor estimate, so that a second call is made before planning."""
 FEWEST, MOST = 5, 300
@@ -185,7 +185,7 @@ def interleave(
             estimate = min(estimate, _seconds(call, stopwatch))
         wanted[name] = planned_calls(estimate, budget, rounds, patience)
         if wanted[name] == 1 and estimate <= NEAR * fastest:
-            wanted[name] = min(OFTENER, rounds or OFTENER)
+            wanted[name] = min(NEAR_CALLS, rounds or NEAR_CALLS)
         is_short = estimate < SHORT and not stopwatch.resets
         bursts[name] = max(1, min(BURST, wanted[name] // ROUNDS)) if is_short else 0
     times: dict[str, list[float]] = {name: [] if count else [first[name]] for name, count in wanted.items()}

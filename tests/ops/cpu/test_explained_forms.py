@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from widekernel.ops.problem import DEPTHWISE_SUM, Problem
 
 pytestmark = needs_native
 
-IN_PLACE, ROLLING = "in place", "rolling rows"
+IN_PLACE, IN_ORDER, ROLLING = "in place", "in order", "rolling rows"
+MANY_REGISTERS = ("avx512", "neon")
 LARGE = (1, 64, 512, 512)  # 64 MiB in float32, more than the caches hold
 
 
@@ -60,12 +62,12 @@ def test_each_form_needs_what_it_is_made_for(name: str, problem: Problem) -> Non
 def check_form(problem: Problem) -> None:
     call = prepared(problem)
     form, passes = call.form(), call.plan.passes
-    assert form in (PACKED, IN_PLACE, ROLLING)
+    assert form in (PACKED, IN_PLACE, IN_ORDER, ROLLING)
     if form != PACKED:
         assert all(step.method == DIRECT and step.piece.dilation == 1 for step in passes)
-    if form == ROLLING:
+    if form in (ROLLING, IN_ORDER):
         assert len(passes) == 1
-    if form == IN_PLACE:
+    if form in (IN_PLACE, IN_ORDER):
         assert problem.dtype is torch.float32
         assert problem.channels_last or problem.shape[1] == 1 or problem.shape[2:] == (1, 1)
         assert problem.shape[1] >= library.load().lanes
@@ -80,11 +82,29 @@ def test_kernels_of_few_rows_need_memory_for_some_rows_only(channels_last: bool)
     call = prepared(problem_of(LARGE, ((3, 3),), channels_last))
     taller = prepared(problem_of((images, channels, 2 * height, width), ((3, 3),), channels_last))
     # With few registers, channels_last images pass through a buffer, too.
-    assert call.form() == taller.form()
-    assert call.form() in ((ROLLING, IN_PLACE) if channels_last else (ROLLING,))
+    expected = IN_ORDER if channels_last and library.load().isa in MANY_REGISTERS else ROLLING
+    assert (call.form(), taller.form()) == (expected, expected)
     assert call.workspace() == taller.workspace()
     rows = call.workspace()[0] / (width * library.load().lanes * 4)
     assert rows < height
+
+
+@pytest.mark.usefixtures("isa")
+def test_images_are_read_in_order_unless_strides_or_tiles_are_bad() -> None:
+    def form(channels: int, side: int, kernel: tuple[int, int]) -> str:
+        return prepared(replace(problem_of((1, channels, side, side), (kernel,), True), algorithm="direct")).form()
+
+    if library.load().isa not in MANY_REGISTERS:
+        assert IN_ORDER not in {form(96, 56, (3, 3)), form(96, 56, (7, 7)), form(96, 28, (13, 5))}
+        return
+    for kernel in ((3, 3), (7, 7), (13, 5)):
+        assert form(96, 28, kernel) == IN_ORDER
+    # Pixels that are 2 KiB or 4 KiB apart.
+    assert [form(channels, 28, (3, 3)) for channels in (512, 1024)] == [IN_ORDER, ROLLING]
+    assert form(512, 28, (5, 5)) == ROLLING
+    # Rows that are 4 KiB apart; an overlap of 6 rows in 15, which a rolling buffer has, too.
+    assert form(32, 32, (7, 7)) == IN_PLACE and form(32, 32, (5, 5)) == IN_ORDER
+    assert form(96, 15, (7, 7)) == IN_PLACE and form(96, 15, (5, 5)) == IN_ORDER
 
 
 @pytest.mark.usefixtures("isa")

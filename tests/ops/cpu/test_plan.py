@@ -103,6 +103,8 @@ def test_small_calls_wake_no_thread() -> None:
 def test_problems_that_pytorch_computes_faster() -> None:
     def on(problem: Problem) -> tuple[bool, ...]:
         processors = ("other", "avx512"), ("amd", "avx512"), ("amd", "avx2")
+        for isa in ("avx512", "avx2"):
+            assert (reason_for_pytorch(problem, "zen4", isa) is None) == (reason_for_pytorch(problem, "amd", isa) is None)
         return tuple(reason_for_pytorch(problem, processor, isa) is not None for processor, isa in processors)
 
     assert on(of([(3, 3)], channels_last=True)) == (True, False, True)
