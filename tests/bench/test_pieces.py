@@ -202,7 +202,7 @@ def test_pieces_add_up() -> None:
 
 
 def test_products_are_compared_with_the_peak_of_their_precision() -> None:
-    parts = [pieces._Part(pieces.FUSED, "a", 1.0, 30e9), pieces._Part(pieces.DEPTHWISE, "b", 2.0, 5e9)]
+    parts = [pieces._Part(pieces.FUSED, "a", 1.0, 30e9, packed=True), pieces._Part(pieces.DEPTHWISE, "b", 2.0, 5e9)]
     fields = {"model": "m", "batch": 1, "size": 1, "layout": "NCHW", "precision": "bfloat16"}
     depthwise, fused, whole = rows_of(Calls([parts], 1.0), 40.0, 10.0, **fields)
     assert [row.piece for row in (depthwise, fused, whole)] == [pieces.DEPTHWISE, pieces.FUSED, pieces.WHOLE]
@@ -218,7 +218,7 @@ def test_pieces_in_lower_precisions(precision: Precision) -> None:
     made, peaks = {"some": lambda: (Network().eval(), 32)}, {FLOAT32: 1.0, precision: 2.0}
     with ops.trace() as trace:
         rows = list(measure_pieces(made, [1], None, [precision], peaks, 1e-3))
-    assert {row.precision for row in rows} == {precision.name}
+    assert {row.precision for row in rows} == {precision.name} and "products in" in dict(pieces.columns(rows))
     assert any(call.precision == precision.name for call in trace.fused)
     assert {pieces.FUSED, pieces.WHOLE} <= {row.piece for row in rows}
 

@@ -64,6 +64,8 @@ wk_pass pass_for(const Extent &kernel, Random &random) {
 
 Problem drawn(Random &random) {
     constexpr int CHANNELS[] = {1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 33, 70};
+    // Pixels that are 2 KiB apart, and several groups of channels.
+    constexpr int MANY[] = {512, 528, 1041};
     constexpr int LONG[] = {3, 5, 7, 13, 31, 51};
     Problem p{};
     p.dtype = random.integer(0, 2);
@@ -72,9 +74,13 @@ Problem drawn(Random &random) {
     if (random.often()) p.to = p.from == ONE_IMAGE ? CONTIGUOUS : p.from;
     p.scaled = random.often(), p.shifted = random.often(), p.rectified = random.often(), p.elsewhere = random.often();
     const bool large = random.integer(0, 7) == 0;  // several bands of rows, or several tiles of a transform
+    const bool many = !large && random.integer(0, 15) == 0;
     do {
-        p.shape = {large ? 1 : random.integer(1, 3), CHANNELS[random.integer(0, 13)], random.integer(1, large ? 160 : 32),
-                   random.integer(1, large ? 160 : 32)};
+        if (many)
+            p.shape = {1, MANY[random.integer(0, 2)], random.integer(6, 12), random.integer(2, 6)};
+        else
+            p.shape = {large ? 1 : random.integer(1, 3), CHANNELS[random.integer(0, 13)], random.integer(1, large ? 160 : 32),
+                       random.integer(1, large ? 160 : 32)};
         p.kernels.clear();
         for (int count = random.integer(1, 3); count; count--) {
             Extent e{random.integer(1, 19), random.integer(1, 19), 0, 0, 1};

@@ -49,14 +49,13 @@ NOTES: tuple[str, ...] = (
     "blocks, which include norm, activation and residual. other products: linear layers and 1×1 convolutions that are not "
     "fused. copies, additions, calls: what modules do outside of the modules inside them, and the Python code around all.",
     "GFLOP: two operations for each multiply-accumulate of products, convolutions and depthwise layers, without taps "
-    "outside of the image. of peak: their speed relative to the FMA peak of the machine; in a lower precision, the stem, "
-    "downsampling and fused products are compared with the peak of that precision, and the rest, which is float32, with "
+    "outside of the image. of peak: their speed relative to the FMA peak of the machine. In a lower precision, fused "
+    "layers, with or without patches, are compared with the peak of that precision, and the rest, which is float32, with "
     "that of float32.",
     "all pieces: their sum; of peak: the time that all operations would take at these peaks, relative to it. unobserved: "
     "the whole call without observation; the difference is what observing costs.",
 )
 _NORMS = ("Norm", "Affine")
-_PACKED = (STEM, DOWN, FUSED)  # pieces that are computed in the precision of products
 _FEWEST, _LARGEST = 5, 3  # observed calls, at least; parts that are named
 
 
@@ -121,10 +120,12 @@ class _Part(NamedTuple):
     label: str
     seconds: float
     flop: float
+    packed: bool = False  # whether it is computed in the precision of products
 
     @classmethod
     def of(cls, span: Span) -> _Part:
-        return cls(piece_of(span), _label(span), span.seconds, flop_of(span))
+        packed = span.is_native and isinstance(span.owner, PackedBlock)
+        return cls(piece_of(span), _label(span), span.seconds, flop_of(span), packed)
 
 
 class Calls(NamedTuple):
@@ -135,8 +136,11 @@ class Calls(NamedTuple):
 
 
 def columns(rows: Sequence[PieceRow]) -> list[Column]:
-    """Return the columns of the table; the number of images and the precision are among them if they vary."""
-    alike = {"images": len({row.batch for row in rows}) <= 1, "products in": len({row.precision for row in rows}) <= 1}
+    """Return the columns of the table: the number of images if it varies, and the precision unless it is float32."""
+    alike = {
+        "images": len({row.batch for row in rows}) <= 1,
+        "products in": {row.precision for row in rows} <= {FLOAT32.name},
+    }
     return [column for column in _COLUMNS if not alike.get(column[0], False)]
 
 
@@ -308,7 +312,7 @@ def rows_of(calls: Calls, peak: float, float32_peak: float, **fields: Any) -> It
         if not chosen:
             continue
         seconds, gflop = sum(part.seconds for part in chosen) / count, sum(part.flop for part in chosen) / count / 1e9
-        at_peak = sum(part.flop / (peak if part.piece in _PACKED else float32_peak) for part in chosen) / count / 1e9
+        at_peak = sum(part.flop / (peak if part.packed else float32_peak) for part in chosen) / count / 1e9
         labels: dict[str, float] = defaultdict(float)
         for part in chosen:
             labels[part.label] += part.seconds / count

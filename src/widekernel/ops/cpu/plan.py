@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from widekernel.ops.cpu.costs import AVX512, Costs
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import (
@@ -209,8 +211,22 @@ def _bounding(pieces: Sequence[Piece]) -> Piece:
 
 def _cheapest(piece: Piece, problem: Problem, costs: Costs) -> tuple[Pass, float]:
     methods = METHODS if piece.dilation == 1 and problem.algorithm is None else (DIRECT,)
-    options = [(step := Pass(piece, method), estimate(step, problem, costs)) for method in methods]
+    options = [
+        (step := Pass(piece, method), estimate(step, problem, costs) - _saved(step, problem, costs)) for method in methods
+    ]
     return min(options, key=lambda option: option[1])
+
+
+def _saved(step: Pass, problem: Problem, costs: Costs) -> float:
+    """Estimate the cycles that a pass saves because it works on the image and the result in place, for most strides."""
+    piece = step.piece
+    in_place = (
+        (problem.op, problem.dtype, len(problem.kernels)) == (DEPTHWISE_SUM, torch.float32, 1)
+        and problem.channels_last
+        and (step.method, piece.dilation) == (DIRECT, 1)
+        and piece.rows * piece.columns <= costs.in_place
+    )
+    return 2 * costs.packing * problem.shape[2] * problem.shape[3] if in_place else 0.0
 
 
 def estimate(step: Pass, problem: Problem, costs: Costs) -> float:
