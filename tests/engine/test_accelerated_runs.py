@@ -69,6 +69,13 @@ class Net(nn.Module):
         return self.head(self.pointwise(self.norm(self.spatial(self.stem(x)))).relu().mean((2, 3)))
 
 
+class InPlace(Net):
+    """The same network, which changes its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.div_(4.0))
+
+
 class Listener(SilentReporter):
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -84,6 +91,7 @@ def trainer_of(
     sparsity: SparsityConfig | None = None,
     micro_batch: int = 3,
     steps: int = 3,
+    network: type[Net] = Net,
 ) -> Trainer:
     config = make_config(
         folder,
@@ -95,7 +103,7 @@ def trainer_of(
         sparsity=sparsity or SparsityConfig(),
         ema=EmaConfig(decay=None if sparsity and sparsity.method == "semi_structured" else 0.5),
     )
-    return make_trainer(config, source=array_source(18), model=Net(), reporter=reporter, held_out=4)
+    return make_trainer(config, source=array_source(18), model=network(), reporter=reporter, held_out=4)
 
 
 def grad_is_best(after: nn.Module, _: torch.Tensor) -> bool:
@@ -140,6 +148,16 @@ def test_layers_are_swapped_once_and_the_weights_are_those_of_a_plain_run(
     assert fast.progress.best_step == plain.progress.best_step  # evaluations took place
     assert [text for text in listener.messages if "4 of 4 layers swapped" in text and "1 NativeBatchNorm2d" in text]
     assert fast.state()["acceleration"]["layers"] == SWAPPED
+
+
+def test_a_network_that_changes_its_input_is_trained_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_measurement(monkeypatch, False)  # nothing is swapped, so that all is equal
+    plain, fast = (trainer_of(tmp_path / str(on), accelerate=on, steps=2, network=InPlace) for on in (False, True))
+    plain.run()
+    fast.run()
+    assert states_equal(fast.model.state_dict(), plain.model.state_dict())
 
 
 @needs_native

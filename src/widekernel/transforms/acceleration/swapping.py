@@ -66,7 +66,7 @@ def accelerate(
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
-        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. It runs on it
+        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. It runs on a copy
             (once, or three times in a lower precision, in evaluation mode, without gradients; its state is restored), and
             all is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
             example, depthwise layers are swapped unmeasured, blocks and batch norms are not, and a pointwise layer is
