@@ -40,6 +40,7 @@ from widekernel.engine.config import SparsityConfig
 from widekernel.engine.reporter import SilentReporter
 from widekernel.errors import ConfigError
 from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradConv2d, PointwiseLinear
+from widekernel.ops.cpu import library
 from widekernel.tasks.classification.config import ModelConfig
 from widekernel.tasks.classification.task import Classification
 from widekernel.transforms.acceleration import timing
@@ -187,11 +188,45 @@ def test_other_circumstances_and_settings(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Killed):
         larger.run()
     assert {shape[0] for _, _, shape, _ in asked} == {6} and kinds_of(larger.model)
-    assert "loop.accelerate: layers are chosen anew (images 3 before, 6 now)." in killer.messages
+    assert "loop.accelerate: layers are chosen anew (images in a forward pass: 3 before, 6 now)." in killer.messages
     # The rest is trained without.
     plain = trainer_of(tmp_path, accelerate=False, micro_batch=6, steps=5)
     plain.run()
     assert kinds_of(plain.model) == {} and plain.progress.step == 5 and plain.state()["acceleration"] is None
+
+
+@needs_native
+def test_resuming_without_the_native_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace_measurement(monkeypatch, grad_is_best)
+    with pytest.raises(Killed):
+        trainer_of(tmp_path, KillAt(2)).run()
+    asked.clear()
+    timing.forget()
+    isa, off = library.load().isa, library.open_library({"WIDEKERNEL_NATIVE": "0"})
+    monkeypatch.setattr(library, "load", lambda: off)
+    listener = Listener()
+    resumed = trainer_of(tmp_path, listener)
+    resumed.run()
+    assert asked and resumed.state()["acceleration"]["circumstances"]["native"] == "none"
+    assert [text for text in listener.messages if f"instructions of the native library: {isa} before, none now" in text]
+    assert not [text for text in listener.messages if "as before" in text]
+
+
+@needs_native
+def test_layers_that_can_no_longer_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    config, listener = LoopConfig(batch_size=6, accelerate=True), Listener()
+    context = RunContext(RunFolder(tmp_path), torch.device("cpu"), reporter=listener)
+    task, batch = Classification(PLAIN, 0.0, 3), Batch((torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)), 3)
+    first = Acceleration(Net(), None, task, config, nullcontext, context)
+    first.choose(batch, 0)
+    network = Net()
+    network.norm = nn.SyncBatchNorm(WIDTH)
+    second = Acceleration(network, None, task, config, nullcontext, context)
+    second.load_state(first.state())
+    text = "loop.accelerate: 3 layers swapped, as before. Layers that cannot be swapped now: norm."
+    assert listener.messages[-1] == text and type(network.norm) is nn.SyncBatchNorm
+    assert second.state()["layers"] == kinds_of(network) == {name: SWAPPED[name] for name in SWAPPED if name != "norm"}
 
 
 @needs_native

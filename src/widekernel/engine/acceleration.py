@@ -16,7 +16,18 @@ from widekernel.engine.config import LoopConfig
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.task import Task
 from widekernel.errors import ArgumentError, ConfigError
+from widekernel.ops.cpu import library
 from widekernel.transforms.acceleration import AccelerationReport, accelerate, swap_layers
+
+_NAMES = {
+    "device": "device",
+    "images": "images in a forward pass",
+    "torch": "version of PyTorch",
+    "threads": "threads",
+    "instructions": "instructions of PyTorch",
+    "native": "instructions of the native library",
+}
+"""What messages call the circumstances of a measurement."""
 
 
 class Acceleration:
@@ -80,12 +91,15 @@ class Acceleration:
             return
         now = self._context.processes.from_main(self._circumstances)
         then = state["circumstances"]
-        changed = [f"{key} {then.get(key)} before, {value} now" for key, value in now.items() if then.get(key) != value]
+        changed = [_difference(key, then, value) for key, value in now.items() if then.get(key) != value]
         if changed:
             self._context.reporter.message(f"loop.accelerate: layers are chosen anew ({'; '.join(changed)}).")
             return
-        self._swap(state["layers"], now)
-        self._context.reporter.message(f"loop.accelerate: {len(state['layers'])} layers swapped, as before.")
+        swapped = self._swap(state["layers"], now)
+        left = [name or "(itself)" for name in state["layers"] if name not in swapped]
+        stay = f" Layers that cannot be swapped now: {', '.join(left)}." if left else ""
+        count = "1 layer" if len(swapped) == 1 else f"{len(swapped)} layers"
+        self._context.reporter.message(f"loop.accelerate: {count} swapped, as before.{stay}")
 
     def _measured(self, batch: Batch) -> AccelerationReport:
         example = self._task.example(batch)
@@ -105,11 +119,25 @@ class Acceleration:
         """Return what the times of layers depend on, apart from the settings that a resumed run cannot change."""
         context, config = self._context, self._config
         plan = BatchPlan(config.batch_size, config.micro_batch, context.processes.world_size)
-        found = {"device": context.device.type, "images": plan.per_pass, "threads": torch.get_num_threads()}
-        return {**found, "instructions": torch.backends.cpu.get_cpu_capability()}
+        found = {"device": context.device.type, "images": plan.per_pass, "torch": str(torch.__version__)}
+        if context.device.type != "cpu":
+            return found
+        native = library.load()
+        # Without OpenMP, calls of the native library run on one thread.
+        kernels = native.isa + ("" if native.threads_available else " without OpenMP") if native.reason is None else "none"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return {**found, "threads": torch.get_num_threads(), "instructions": instructions, "native": kernels}
 
-    def _swap(self, layers: dict[str, str], circumstances: dict[str, Any]) -> None:
-        for network in filter(None, (self._model, self._average)):
-            swap_layers(network, layers)
-        self._state = {"circumstances": circumstances, "layers": layers}
+    def _swap(self, layers: dict[str, str], circumstances: dict[str, Any]) -> tuple[str, ...]:
+        """Swap layers in all networks; return the names of those that are swapped now, which the state then holds."""
+        swapped = swap_layers(self._model, layers)
+        if self._average is not None:
+            swap_layers(self._average, layers)
+        self._state = {"circumstances": circumstances, "layers": {name: layers[name] for name in swapped}}
         self.is_due = False
+        return swapped
+
+
+def _difference(key: str, then: dict[str, Any], now: Any) -> str:
+    before = f"{then[key]} before, " if key in then else ""
+    return f"{_NAMES[key]}: {before}{now} now"
