@@ -37,6 +37,7 @@ from widekernel.engine import (
 )
 from widekernel.engine.acceleration import Acceleration
 from widekernel.engine.config import SparsityConfig
+from widekernel.engine.error_context import NetworkError
 from widekernel.engine.reporter import SilentReporter
 from widekernel.errors import ConfigError
 from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradConv2d, PointwiseLinear
@@ -188,7 +189,7 @@ def test_other_circumstances_and_settings(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Killed):
         larger.run()
     assert {shape[0] for _, _, shape, _ in asked} == {6} and kinds_of(larger.model)
-    assert "loop.accelerate: layers are chosen anew (images in a forward pass: 3 before, 6 now)." in killer.messages
+    assert "loop.accelerate: timing layers anew (images in a forward pass: 3 before, 6 now) …" in killer.messages
     # The rest is trained without.
     plain = trainer_of(tmp_path, accelerate=False, micro_batch=6, steps=5)
     plain.run()
@@ -210,6 +211,30 @@ def test_resuming_without_the_native_library(tmp_path: Path, monkeypatch: pytest
     assert asked and resumed.state()["acceleration"]["circumstances"]["native"] == "none"
     assert [text for text in listener.messages if f"instructions of the native library: {isa} before, none now" in text]
     assert not [text for text in listener.messages if "as before" in text]
+
+
+@needs_native
+def test_resuming_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    trainer_of(tmp_path).run()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    listener = Listener()
+    resumed = trainer_of(tmp_path, listener)
+    resumed.run()
+    assert resumed.state()["acceleration"]["layers"] == SWAPPED  # those that were trained
+    assert not [text for text in listener.messages if text.startswith("loop.accelerate")]
+
+
+@needs_native
+def test_an_old_state_without_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    trainer = trainer_of(tmp_path)
+    state = trainer.state()
+    del state["acceleration"]
+    trainer.load_state(state)
+    assert trainer.components.acceleration.is_due and trainer.state()["acceleration"] is None
+    trainer.run()
+    assert kinds_of(trainer.model) == SWAPPED
 
 
 @needs_native
@@ -275,7 +300,7 @@ def test_process_0_chooses_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert networks[0] == networks[1] and networks[1][0] == SWAPPED and networks[1][1]["circumstances"]["images"] == 3
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"loop.accelerate is true, and loop.compile is 'default'.*Choose one"):
         LoopConfig(accelerate=True, compile="default")
     with pytest.raises(ConfigError, match=r"loop.accelerate and loop.deterministic.*Choose one"):
@@ -285,9 +310,25 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gives no input of the network.*FindEnds.example"):
         Acceleration(Net(), None, FindEnds(), config, nullcontext, context).choose(batch, 0)
     network, task = Net(), Classification(PLAIN, 0.0, 3)
-    with pytest.raises(ConfigError, match=r"nothing can be measured: the network cannot run.*Set it to false"):
-        Acceleration(network, None, task, config, nullcontext, context).choose(batch, 0)
+    acceleration = Acceleration(network, None, task, config, nullcontext, context)
+    with pytest.raises(RuntimeError, match=r"expected input\[2, 5, 8, 8\]"):  # the network's own error, for `errors_as`
+        acceleration.choose(batch, 0)
+    monkeypatch.setattr(task, "example", lambda _: [])
+    with pytest.raises(ConfigError, match=r"measured: the result of Classification.example is a list.*Set it to false"):
+        acceleration.choose(batch, 0)
     assert kinds_of(network) == {}
+
+
+class Small(Net):
+    """A network for larger images than those of the tests."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.conv2d(x, torch.ones(3, 3, 9, 9)))
+
+
+def test_a_network_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match=r"Choosing the fastest layers \(loop.accelerate\) failed.*raise data.input_size"):
+        trainer_of(tmp_path, network=Small).run()
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "fcos", pytest.param("mask_rcnn", marks=pytest.mark.slow)])
