@@ -108,6 +108,16 @@ def trainer_of(
     return make_trainer(config, source=array_source(18), model=network(), reporter=reporter, held_out=4)
 
 
+def acceleration_of(network: nn.Module, folder: Path, listener: Listener) -> Acceleration:
+    context = RunContext(RunFolder(folder), torch.device("cpu"), reporter=listener)
+    config = LoopConfig(batch_size=6, accelerate=True)
+    return Acceleration(network, None, Classification(PLAIN, 0.0, 3), config, nullcontext, context)
+
+
+def images() -> Batch:
+    return Batch((torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)), 3)
+
+
 def grad_is_best(after: nn.Module, _: torch.Tensor) -> bool:
     """Let `PointwiseConv2d` lose, so that its rival in training is chosen."""
     return type(after).__name__ != "PointwiseConv2d"
@@ -198,18 +208,20 @@ def test_other_circumstances_and_settings(tmp_path: Path, monkeypatch: pytest.Mo
 
 @needs_native
 def test_resuming_without_the_native_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = replace_measurement(monkeypatch, grad_is_best)
-    with pytest.raises(Killed):
-        trainer_of(tmp_path, KillAt(2)).run()
+    asked, listener = replace_measurement(monkeypatch, grad_is_best), Listener()
+    first, second = (acceleration_of(Net(), tmp_path, listener) for _ in range(2))
+    first.choose(images(), 0)
     asked.clear()
     timing.forget()
     isa, off = library.load().isa, library.open_library({"WIDEKERNEL_NATIVE": "0"})
     monkeypatch.setattr(library, "load", lambda: off)
-    listener = Listener()
-    resumed = trainer_of(tmp_path, listener)
-    resumed.run()
-    assert asked and resumed.state()["acceleration"]["circumstances"]["native"] == "none"
-    assert [text for text in listener.messages if f"instructions of the native library: {isa} before, none now" in text]
+    second.load_state(first.state())
+    assert second.is_due and second.state() == first.state()
+    second.choose(images(), 0)
+    assert asked and second.state()["circumstances"]["native"] == "none"
+    assert [
+        text for text in listener.messages if f"instructions of the native library: {isa}" in text and "none now" in text
+    ]
     assert not [text for text in listener.messages if "as before" in text]
 
 
@@ -240,18 +252,23 @@ def test_an_old_state_without_a_record(tmp_path: Path, monkeypatch: pytest.Monke
 @needs_native
 def test_layers_that_can_no_longer_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_measurement(monkeypatch, grad_is_best)
-    config, listener = LoopConfig(batch_size=6, accelerate=True), Listener()
-    context = RunContext(RunFolder(tmp_path), torch.device("cpu"), reporter=listener)
-    task, batch = Classification(PLAIN, 0.0, 3), Batch((torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)), 3)
-    first = Acceleration(Net(), None, task, config, nullcontext, context)
-    first.choose(batch, 0)
-    network = Net()
+    listener, network = Listener(), Net()
+    first = acceleration_of(Net(), tmp_path, listener)
+    first.choose(images(), 0)
     network.norm = nn.SyncBatchNorm(WIDTH)
-    second = Acceleration(network, None, task, config, nullcontext, context)
+    second = acceleration_of(network, tmp_path, listener)
     second.load_state(first.state())
     text = "loop.accelerate: 3 layers swapped, as before. Layers that cannot be swapped now: norm."
     assert listener.messages[-1] == text and type(network.norm) is nn.SyncBatchNorm
     assert second.state()["layers"] == kinds_of(network) == {name: SWAPPED[name] for name in SWAPPED if name != "norm"}
+
+
+def test_no_layer_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, False)
+    listener = Listener()
+    acceleration_of(Net(), tmp_path, listener).choose(images(), 0)
+    assert listener.messages[0] == "loop.accelerate: timing layers …"
+    assert "0 of 4 layers swapped; none of those measured is faster in another way" in listener.messages[1]
 
 
 @needs_native
@@ -324,6 +341,18 @@ class Small(Net):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.conv2d(x, torch.ones(3, 3, 9, 9)))
+
+
+def test_parameters_that_are_divided_among_processes(tmp_path: Path) -> None:
+    class DTensor(torch.Tensor): ...
+
+    class Divided(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.weight = nn.Parameter(self.head.weight.detach().as_subclass(DTensor))
+
+    with pytest.raises(ConfigError, match=r"head.weight is divided.*process 0 runs the network alone. Set it to false"):
+        trainer_of(tmp_path, network=Divided)
 
 
 def test_a_network_that_fails(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Acceleration:
         context.reporter.message(f"loop.accelerate: {report.summary()}{named and f' {named}.'}")
 
     def state(self) -> dict[str, Any] | None:
-        """Return the circumstances of the measurement, and the class of each swapped layer by name; `None` before the first."""
+        """Return the circumstances of the measurement, and the class of each swapped layer by name; `None` before it."""
         return self._state
 
     def load_state(self, state: dict[str, Any] | None) -> None:
