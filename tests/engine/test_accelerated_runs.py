@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradC
 from widekernel.ops.cpu import library
 from widekernel.tasks.classification.config import ModelConfig
 from widekernel.tasks.classification.task import Classification
+from widekernel.tasks.results import write_results
 from widekernel.transforms.acceleration import timing
 
 WIDTH = 64  # enough channels for the threads of any test machine
@@ -235,6 +237,15 @@ def test_resuming_after_the_last_step(tmp_path: Path, monkeypatch: pytest.Monkey
     resumed.run()
     assert resumed.state()["acceleration"]["layers"] == SWAPPED  # those that were trained
     assert not [text for text in listener.messages if text.startswith("loop.accelerate")]
+    for name in ("save_model", "save_curves"):
+        monkeypatch.setattr(f"widekernel.tasks.results.{name}", lambda *_: None)
+    saved: Any = None  # no model is written
+    write_results(resumed, saved)
+    assert json.loads((tmp_path / "acceleration.json").read_text())["layers"] == SWAPPED
+    plain = trainer_of(tmp_path, accelerate=False)
+    plain.run()
+    write_results(plain, saved)
+    assert not (tmp_path / "acceleration.json").exists()
 
 
 @needs_native

@@ -37,7 +37,7 @@ class Acceleration:
 
     Process 0 measures on its first batch, between two steps; then all processes swap the same layers. Layers keep their
     parameters, so optimizers, masks and gradient averaging need not know. The choices belong to the training state: a run
-    that is resumed on an equal machine computes as before.
+    that is resumed under the same circumstances computes as before.
 
     Args:
         model: the network, which is not compiled.
