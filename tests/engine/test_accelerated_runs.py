@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -37,11 +38,14 @@ from widekernel.engine import (
 )
 from widekernel.engine.acceleration import Acceleration
 from widekernel.engine.config import SparsityConfig
+from widekernel.engine.error_context import NetworkError
 from widekernel.engine.reporter import SilentReporter
 from widekernel.errors import ConfigError
 from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseGradConv2d, PointwiseLinear
+from widekernel.ops.cpu import library
 from widekernel.tasks.classification.config import ModelConfig
 from widekernel.tasks.classification.task import Classification
+from widekernel.tasks.results import write_results
 from widekernel.transforms.acceleration import timing
 
 WIDTH = 64  # enough channels for the threads of any test machine
@@ -69,6 +73,13 @@ class Net(nn.Module):
         return self.head(self.pointwise(self.norm(self.spatial(self.stem(x)))).relu().mean((2, 3)))
 
 
+class InPlace(Net):
+    """The same network, which changes its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.div_(4.0))
+
+
 class Listener(SilentReporter):
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -84,6 +95,7 @@ def trainer_of(
     sparsity: SparsityConfig | None = None,
     micro_batch: int = 3,
     steps: int = 3,
+    network: type[Net] = Net,
 ) -> Trainer:
     config = make_config(
         folder,
@@ -95,7 +107,17 @@ def trainer_of(
         sparsity=sparsity or SparsityConfig(),
         ema=EmaConfig(decay=None if sparsity and sparsity.method == "semi_structured" else 0.5),
     )
-    return make_trainer(config, source=array_source(18), model=Net(), reporter=reporter, held_out=4)
+    return make_trainer(config, source=array_source(18), model=network(), reporter=reporter, held_out=4)
+
+
+def acceleration_of(network: nn.Module, folder: Path, listener: Listener) -> Acceleration:
+    context = RunContext(RunFolder(folder), torch.device("cpu"), reporter=listener)
+    config = LoopConfig(batch_size=6, accelerate=True)
+    return Acceleration(network, None, Classification(PLAIN, 0.0, 3), config, nullcontext, context)
+
+
+def images() -> Batch:
+    return Batch((torch.randn(3, 3, 8, 8), torch.zeros(3, dtype=torch.long)), 3)
 
 
 def grad_is_best(after: nn.Module, _: torch.Tensor) -> bool:
@@ -142,6 +164,16 @@ def test_layers_are_swapped_once_and_the_weights_are_those_of_a_plain_run(
     assert fast.state()["acceleration"]["layers"] == SWAPPED
 
 
+def test_a_network_that_changes_its_input_is_trained_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_measurement(monkeypatch, False)  # nothing is swapped, so that all is equal
+    plain, fast = (trainer_of(tmp_path / str(on), accelerate=on, steps=2, network=InPlace) for on in (False, True))
+    plain.run()
+    fast.run()
+    assert states_equal(fast.model.state_dict(), plain.model.state_dict())
+
+
 @needs_native
 def test_a_resumed_run_computes_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_measurement(monkeypatch, grad_is_best)
@@ -169,11 +201,85 @@ def test_other_circumstances_and_settings(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Killed):
         larger.run()
     assert {shape[0] for _, _, shape, _ in asked} == {6} and kinds_of(larger.model)
-    assert "loop.accelerate: layers are chosen anew (images 3 before, 6 now)." in killer.messages
+    assert "loop.accelerate: timing layers anew (images in a forward pass: 3 before, 6 now) …" in killer.messages
     # The rest is trained without.
     plain = trainer_of(tmp_path, accelerate=False, micro_batch=6, steps=5)
     plain.run()
     assert kinds_of(plain.model) == {} and plain.progress.step == 5 and plain.state()["acceleration"] is None
+
+
+@needs_native
+def test_resuming_without_the_native_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, listener = replace_measurement(monkeypatch, grad_is_best), Listener()
+    first, second = (acceleration_of(Net(), tmp_path, listener) for _ in range(2))
+    first.choose(images(), 0)
+    asked.clear()
+    timing.forget()
+    isa, off = library.load().isa, library.open_library({"WIDEKERNEL_NATIVE": "0"})
+    monkeypatch.setattr(library, "load", lambda: off)
+    second.load_state(first.state())
+    assert second.is_due and second.state() == first.state()
+    second.choose(images(), 0)
+    assert asked and second.state()["circumstances"]["native"] == "none"
+    assert [
+        text for text in listener.messages if f"instructions of the native library: {isa}" in text and "none now" in text
+    ]
+    assert not [text for text in listener.messages if "as before" in text]
+
+
+@needs_native
+def test_resuming_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    trainer_of(tmp_path).run()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    listener = Listener()
+    resumed = trainer_of(tmp_path, listener)
+    resumed.run()
+    assert resumed.state()["acceleration"]["layers"] == SWAPPED  # those that were trained
+    assert not [text for text in listener.messages if text.startswith("loop.accelerate")]
+    for name in ("save_model", "save_curves"):
+        monkeypatch.setattr(f"widekernel.tasks.results.{name}", lambda *_: None)
+    saved: Any = None  # no model is written
+    write_results(resumed, saved)
+    assert json.loads((tmp_path / "acceleration.json").read_text())["layers"] == SWAPPED
+    plain = trainer_of(tmp_path, accelerate=False)
+    plain.run()
+    write_results(plain, saved)
+    assert not (tmp_path / "acceleration.json").exists()
+
+
+@needs_native
+def test_an_old_state_without_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    trainer = trainer_of(tmp_path)
+    state = trainer.state()
+    del state["acceleration"]
+    trainer.load_state(state)
+    assert trainer.components.acceleration.is_due and trainer.state()["acceleration"] is None
+    trainer.run()
+    assert kinds_of(trainer.model) == SWAPPED
+
+
+@needs_native
+def test_layers_that_can_no_longer_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, grad_is_best)
+    listener, network = Listener(), Net()
+    first = acceleration_of(Net(), tmp_path, listener)
+    first.choose(images(), 0)
+    network.norm = nn.SyncBatchNorm(WIDTH)
+    second = acceleration_of(network, tmp_path, listener)
+    second.load_state(first.state())
+    text = "loop.accelerate: 3 layers swapped, as before. Layers that cannot be swapped now: norm."
+    assert listener.messages[-1] == text and type(network.norm) is nn.SyncBatchNorm
+    assert second.state()["layers"] == kinds_of(network) == {name: SWAPPED[name] for name in SWAPPED if name != "norm"}
+
+
+def test_no_layer_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_measurement(monkeypatch, False)
+    listener = Listener()
+    acceleration_of(Net(), tmp_path, listener).choose(images(), 0)
+    assert listener.messages[0] == "loop.accelerate: timing layers …"
+    assert "0 of 4 layers swapped; none of those measured is faster in another way" in listener.messages[1]
 
 
 @needs_native
@@ -222,7 +328,7 @@ def test_process_0_chooses_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert networks[0] == networks[1] and networks[1][0] == SWAPPED and networks[1][1]["circumstances"]["images"] == 3
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"loop.accelerate is true, and loop.compile is 'default'.*Choose one"):
         LoopConfig(accelerate=True, compile="default")
     with pytest.raises(ConfigError, match=r"loop.accelerate and loop.deterministic.*Choose one"):
@@ -232,9 +338,37 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gives no input of the network.*FindEnds.example"):
         Acceleration(Net(), None, FindEnds(), config, nullcontext, context).choose(batch, 0)
     network, task = Net(), Classification(PLAIN, 0.0, 3)
-    with pytest.raises(ConfigError, match=r"nothing can be measured: the network cannot run.*Set it to false"):
-        Acceleration(network, None, task, config, nullcontext, context).choose(batch, 0)
+    acceleration = Acceleration(network, None, task, config, nullcontext, context)
+    with pytest.raises(RuntimeError, match=r"expected input\[2, 5, 8, 8\]"):  # the network's own error, for `errors_as`
+        acceleration.choose(batch, 0)
+    monkeypatch.setattr(task, "example", lambda _: [])
+    with pytest.raises(ConfigError, match=r"measured: the result of Classification.example is a list.*Set it to false"):
+        acceleration.choose(batch, 0)
     assert kinds_of(network) == {}
+
+
+class Small(Net):
+    """A network for larger images than those of the tests."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.conv2d(x, torch.ones(3, 3, 9, 9)))
+
+
+def test_parameters_that_are_divided_among_processes(tmp_path: Path) -> None:
+    class DTensor(torch.Tensor): ...
+
+    class Divided(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head.weight = nn.Parameter(self.head.weight.detach().as_subclass(DTensor))
+
+    with pytest.raises(ConfigError, match=r"head.weight is divided.*process 0 runs the network alone. Set it to false"):
+        trainer_of(tmp_path, network=Divided)
+
+
+def test_a_network_that_fails(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match=r"Choosing the fastest layers \(loop.accelerate\) failed.*raise data.input_size"):
+        trainer_of(tmp_path, network=Small).run()
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "fcos", pytest.param("mask_rcnn", marks=pytest.mark.slow)])

@@ -272,7 +272,7 @@ def test_sharded_parameters_are_refused() -> None:
     class DTensor(torch.Tensor): ...
 
     network = nn.Linear(2, 2)
-    refuse_sharded(network)
+    refuse_sharded(network, "it is whole")
     network.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(DTensor))
-    with pytest.raises(ConfigError, match="weight is divided among processes"):
-        refuse_sharded(network)
+    with pytest.raises(ConfigError, match=r"weight is divided among processes.*but sums need all of it"):
+        refuse_sharded(network, "sums need all of it")

@@ -65,6 +65,31 @@ def test_the_run_leaves_no_trace(fails: bool, always_faster: list[Any]) -> None:
     assert (random.getstate(), np.random.get_state()[1].tolist()) == numbers[1:]
 
 
+class InPlace(nn.Module):
+    """Network that changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pointwise = nn.Conv2d(4, 4, 1)
+        self.strides: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, more: list[Tensor] | None = None) -> Tensor:
+        self.strides.append(x.stride())
+        assert more is None or more[0] is x
+        return self.pointwise(x.div_(4.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gaps"])
+def test_the_example_is_left_alone(layout: str, always_faster: list[Any]) -> None:
+    x = torch.randn(2, 4, 6, 6)
+    x = {"contiguous": x, "channels_last": x.to(memory_format=torch.channels_last), "gaps": x[:, :, ::2, 1:]}[layout]
+    before = x.clone()
+    for example in (x, (x, [x]), {"x": x, "more": [x]}):
+        model = InPlace()
+        accelerate(model, example)
+        assert torch.equal(x, before) and model.strides == [x.stride()]
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [

@@ -13,10 +13,23 @@ from torch import nn
 from widekernel.data.batch_plan import BatchPlan
 from widekernel.data.batches import Batch
 from widekernel.engine.config import LoopConfig
+from widekernel.engine.error_context import NetworkError
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.task import Task
-from widekernel.errors import ArgumentError, ConfigError
+from widekernel.errors import ArgumentError, ConfigError, in_short
+from widekernel.ops.cpu import library
 from widekernel.transforms.acceleration import AccelerationReport, accelerate, swap_layers
+
+_NAMES = {
+    "device": "device",
+    "images": "images in a forward pass",
+    "torch": "version of PyTorch",
+    "gpu": "GPU",
+    "threads": "threads",
+    "instructions": "instructions of PyTorch",
+    "native": "instructions of the native library",
+}
+"""What messages call the circumstances of a measurement."""
 
 
 class Acceleration:
@@ -24,7 +37,7 @@ class Acceleration:
 
     Process 0 measures on its first batch, between two steps; then all processes swap the same layers. Layers keep their
     parameters, so optimizers, masks and gradient averaging need not know. The choices belong to the training state: a run
-    that is resumed on an equal machine computes as before.
+    that is resumed under the same circumstances computes as before.
 
     Args:
         model: the network, which is not compiled.
@@ -50,6 +63,7 @@ class Acceleration:
         self._model, self._average, self._task = model, average, task
         self._config, self._autocast, self._context = config, autocast, context
         self._state: dict[str, Any] | None = None
+        self._changed = ""
         self.is_due = config.accelerate
 
     def choose(self, batch: Batch, step: int) -> None:
@@ -60,10 +74,12 @@ class Acceleration:
             step: optimizer steps done.
 
         Raises:
-            ConfigError: the task has no example for the network, or the network cannot run on it.
+            ConfigError: the task has no example for the network, or nothing can be measured, as in a compiled network.
+            Exception: the network fails on the example; this is the network's own error if `NetworkError` restates it.
         """
         context = self._context
         context.processes.note(step, "choosing the fastest layers")
+        context.reporter.message(f"loop.accelerate: timing layers{self._changed} …")
         report, circumstances = context.processes.from_main(lambda: (self._measured(batch), self._circumstances()))
         self._swap({row.name: row.after for row in report.swapped if row.after is not None}, circumstances)
         kinds = Counter(row.after for row in report.swapped)
@@ -75,17 +91,24 @@ class Acceleration:
         return self._state
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Swap the layers of a result of `state`, unless it was measured under other circumstances or nothing is due."""
+        """Swap the layers of a result of `state`, unless it was measured under other circumstances or nothing is due.
+
+        A training state of an earlier version has `None`: layers are then chosen before the next step.
+        """
         if not self.is_due or state is None:
             return
         now = self._context.processes.from_main(self._circumstances)
         then = state["circumstances"]
-        changed = [f"{key} {then.get(key)} before, {value} now" for key, value in now.items() if then.get(key) != value]
+        changed = [_difference(key, then, value) for key, value in now.items() if then.get(key) != value]
         if changed:
-            self._context.reporter.message(f"loop.accelerate: layers are chosen anew ({'; '.join(changed)}).")
+            # If no steps remain, nothing is chosen, and the layers of the state are those that were trained.
+            self._state, self._changed = state, f" anew ({'; '.join(changed)})"
             return
-        self._swap(state["layers"], now)
-        self._context.reporter.message(f"loop.accelerate: {len(state['layers'])} layers swapped, as before.")
+        swapped = self._swap(state["layers"], now)
+        left = [name or "(itself)" for name in state["layers"] if name not in swapped]
+        stay = f" Layers that cannot be swapped now: {', '.join(left)}." if left else ""
+        count = "1 layer" if len(swapped) == 1 else f"{len(swapped)} layers"
+        self._context.reporter.message(f"loop.accelerate: {count} swapped, as before.{stay}")
 
     def _measured(self, batch: Batch) -> AccelerationReport:
         example = self._task.example(batch)
@@ -98,18 +121,41 @@ class Acceleration:
             with self._autocast():
                 return accelerate(self._model, example, blocks=False)[1]
         except ArgumentError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError(f"loop.accelerate is true, but nothing can be measured: {reason}. Set it to false.") from error
+            cause = error.__cause__
+            if isinstance(cause, NetworkError.causes):
+                raise cause from None  # the network failed as it would in training: the caller says what to do
+            # Users of the command line never see the argument that the text is about.
+            text = str(error).splitlines()[0].replace("example_input", f"the result of {type(self._task).__name__}.example")
+            reason = in_short(cause) if isinstance(cause, Exception) else text
+            raise ConfigError(
+                f"loop.accelerate is true, but nothing can be measured: {reason.rstrip('.')}. Set it to false."
+            ) from error
 
     def _circumstances(self) -> dict[str, Any]:
         """Return what the times of layers depend on, apart from the settings that a resumed run cannot change."""
         context, config = self._context, self._config
         plan = BatchPlan(config.batch_size, config.micro_batch, context.processes.world_size)
-        found = {"device": context.device.type, "images": plan.per_pass, "threads": torch.get_num_threads()}
-        return {**found, "instructions": torch.backends.cpu.get_cpu_capability()}
+        found = {"device": context.device.type, "images": plan.per_pass, "torch": str(torch.__version__)}
+        if context.device.type == "cuda":
+            return {**found, "gpu": torch.cuda.get_device_name(context.device)}
+        if context.device.type != "cpu":
+            return found
+        native = library.load()
+        # Without OpenMP, calls of the native library run on one thread.
+        kernels = native.isa + ("" if native.threads_available else " without OpenMP") if native.reason is None else "none"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return {**found, "threads": torch.get_num_threads(), "instructions": instructions, "native": kernels}
 
-    def _swap(self, layers: dict[str, str], circumstances: dict[str, Any]) -> None:
-        for network in filter(None, (self._model, self._average)):
-            swap_layers(network, layers)
-        self._state = {"circumstances": circumstances, "layers": layers}
+    def _swap(self, layers: dict[str, str], circumstances: dict[str, Any]) -> tuple[str, ...]:
+        """Swap layers in all networks; return the names of those that are swapped now, which the state then holds."""
+        swapped = swap_layers(self._model, layers)
+        if self._average is not None:
+            swap_layers(self._average, layers)
+        self._state = {"circumstances": circumstances, "layers": {name: layers[name] for name in swapped}}
         self.is_due = False
+        return swapped
+
+
+def _difference(key: str, then: dict[str, Any], now: Any) -> str:
+    before = f"{then[key]} before, " if key in then else ""
+    return f"{_NAMES[key]}: {before}{now} now"

@@ -21,6 +21,11 @@ from widekernel.engine.run_context import RunContext
 from widekernel.engine.sparsification import create_sparsification
 from widekernel.engine.task import Task
 
+_SPARSITY_NEEDS = "sparsity needs whole parameters: masks are chosen from all weights of a layer. Leave fully_shard out."
+_ACCELERATE_NEEDS = (
+    "loop.accelerate needs whole parameters: process 0 runs the network alone. Set it to false, or leave fully_shard out."
+)
+
 
 @dataclass
 class Components:
@@ -83,7 +88,9 @@ def create_components(
     processes, device = context.processes, context.device
     autocast = make_autocast(config.loop.precision, device)
     if config.sparsity.method != "none":
-        refuse_sharded(model)
+        refuse_sharded(model, _SPARSITY_NEEDS)
+    if config.loop.accelerate:
+        refuse_sharded(model, _ACCELERATE_NEEDS)
     sparsity = create_sparsification(model, config.sparsity, config.seed, length.steps)
     optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type in ("cuda", "cpu"))
     decay = config.ema.decay

@@ -44,8 +44,9 @@ class LoopConfig:
         device: auto (CUDA if available), cpu, cuda or cuda:N
         channels_last: use the channels-last memory format
         compile: mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null does not compile
-        accelerate: time the layers of the network on the first batch, as widekernel.accelerate does, and compute each in the
-            way that is fastest on this machine; results are the same up to rounding. The choices are stored with the run,
+        accelerate: time the layers of the network on the first batch of a forward pass, as widekernel.accelerate does, and
+            compute those in another way that are at least 5 % faster so on this machine. Each step is equal up to rounding;
+            the differences grow over a run, as they do with another number of threads. The choices are stored with the run,
             but they depend on times: another run may choose otherwise, and so may this one if resumed on another machine
         sync_batch_norm: compute batch norms over the images of all processes
         deterministic: use deterministic algorithms only (PyTorch's), and stop with an error where there is none; this holds

@@ -171,11 +171,12 @@ class Trainer:
             batches = self._batches.take(self.progress.step)
         for batch in batches:
             self._note_unreadable(batch.unreadable)
+        if self.components.acceleration.is_due:
+            choosing = errors_as(NetworkError, "Choosing the fastest layers (loop.accelerate)", self.task.sizes[0])
+            with choosing, self.rates.excluded():
+                self.components.acceleration.choose(self._moved(batches[0]), self.progress.step)
         self.context.processes.note(self.progress.step, f"training step {number}")
         with errors_as(NetworkError, f"Training step {number}", self.task.sizes[0]):
-            if self.components.acceleration.is_due:
-                with self.rates.excluded():
-                    self.components.acceleration.choose(self._moved(batches[0]), self.progress.step)
             self.schedule.step_update(self.progress.step)
             made = self.step.make(batches, self._batches.positions(self.progress.step), self._moved)
             self.step.average(number, made)

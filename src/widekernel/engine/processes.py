@@ -156,8 +156,12 @@ class Processes:
         """
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: nn.Module, reason: str) -> None:
     """Raise if parameters of `model` are divided among processes, as by `fully_shard`.
+
+    Args:
+        model: the network.
+        reason: what needs whole parameters, why, and what to do, as the end of the message.
 
     Raises:
         ConfigError: a parameter is a DTensor.
@@ -165,7 +169,4 @@ def refuse_sharded(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # By name, because importing DTensor takes longer than all other imports.
         if any(kind.__name__ == "DTensor" for kind in type(parameter).__mro__):
-            raise ConfigError(
-                f"The parameter {name} is divided among processes (fully_shard), but sparsity needs whole parameters: "
-                "masks are chosen from all weights of a layer. Leave fully_shard out."
-            )
+            raise ConfigError(f"The parameter {name} is divided among processes (fully_shard), but {reason}")

@@ -45,7 +45,7 @@ LIVE_KEYS = frozenset(
         "checkpoint.keep",
     }
 )
-"""Settings that a resumed run may change, because they do not alter what is computed."""
+"""Settings that a resumed run may change, because they do not alter what is computed (some of them, its rounding)."""
 
 _FIRST_STATE = "step-00000000.pt"
 

@@ -76,7 +76,8 @@ class Task(ABC):
     def example(self, batch: Batch) -> Any:
         """Return the input that the network gets for a batch, by which `loop.accelerate` measures layers.
 
-        The network runs on it in evaluation mode.
+        The network and its hooks run on a copy of it once more, in evaluation mode and without gradients, and in process 0
+        alone: a forward pass in evaluation mode must not need the other processes.
 
         Args:
             batch: a batch of training, on the network's device.

@@ -98,7 +98,9 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
     _write_sparsity(trainer)
     acceleration = trainer.components.acceleration.state()
-    if acceleration is not None:
+    if acceleration is None:
+        folder.acceleration.unlink(missing_ok=True)  # of a run that ended here before
+    else:
         write_file(folder.acceleration, (json.dumps(acceleration, indent=1) + "\n").encode())
     if trainer.average is not None:
         save_model(trainer.average.module, folder.model_ema, saved)

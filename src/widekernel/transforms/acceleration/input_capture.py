@@ -50,8 +50,8 @@ def capture_inputs(
 ) -> tuple[Seen, dict[nn.Module, Tensor]]:
     """Run `model` once and count, for each of `layers` and `blocks`, the inputs with which it is called.
 
-    The network runs in evaluation mode and without gradients. Training flags, buffers and random number generators are
-    restored afterwards.
+    The network runs in evaluation mode and without gradients, on a copy of the example, which it may change. Training
+    flags, buffers and random number generators are restored afterwards.
 
     Args:
         model: the network.
@@ -77,6 +77,7 @@ def capture_inputs(
     try:
         # Not inference mode: tensors that a network caches (such as position tables) could not be used in training later.
         with _unchanged(model), torch.no_grad():
+            args, kwargs = _copied((args, kwargs), {})
             model(*args, **kwargs)
     except Exception as error:
         raise ArgumentError(
@@ -93,6 +94,7 @@ def outputs_of(model: nn.Module, example_input: Any) -> Any:
     """Run `model` once like `capture_inputs`, and return its outputs."""
     args, kwargs = _arguments(example_input)
     with _unchanged(model), torch.no_grad():
+        args, kwargs = _copied((args, kwargs), {})
         return model(*args, **kwargs)
 
 
@@ -121,6 +123,30 @@ def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"example_input is a {type(example_input).__name__}: it must be a tensor, a tuple of arguments or a dict of keyword "
         "arguments of the network"
     )
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """Copy the tensors in nested tuples, lists and dicts; one that occurs twice is copied once, into `copies`, by `id`."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = _copy_of(value)
+        return copies[id(value)]
+    if type(value) is dict:
+        return {key: _copied(part, copies) for key, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_copied(part, copies) for part in value))
+    if type(value) in (tuple, list):
+        return type(value)(_copied(part, copies) for part in value)
+    return value
+
+
+def _copy_of(x: Tensor) -> Tensor:
+    """Copy a tensor with its strides, which `clone` alone does not keep if there are gaps or overlaps."""
+    copy = x.clone()
+    if not _is_plain(x) or copy.stride() == x.stride():
+        return copy
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.as_strided((span,), (1,)).clone().as_strided(x.shape, x.stride())
 
 
 def _described(example: Any) -> str:

@@ -97,7 +97,7 @@ class AccelerationReport:
 
     def summary(self) -> str:
         """Return one line on the layers: how many were swapped, and the time of those measured, before and now."""
-        return self._summary("layers swapped", self.layers, self.backward)
+        return self._summary("layer", "swapped", self.layers, self.backward)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -121,8 +121,8 @@ class AccelerationReport:
         lines = []
         if self.blocks:
             lower = self.precision != "float32"
-            what = f"blocks fused in {self.precision}" if lower else "blocks fused"
-            lines = [*_table("block", self.blocks, lower), self._summary(what, self.blocks, False), ""]
+            done = f"fused in {self.precision}" if lower else "fused"
+            lines = [*_table("block", self.blocks, lower), self._summary("block", done, self.blocks, False), ""]
         if self.chains:
             names = ", ".join(name or "(itself)" for name in self.chains)
             lines[-1:] = [f"Fused blocks in a row, each chain for one native call: {names}.", ""]
@@ -131,13 +131,15 @@ class AccelerationReport:
         lines += [*_table("layer", self.layers), self.summary()]
         return "\n".join(lines)
 
-    def _summary(self, what: str, rows: tuple[LayerAcceleration, ...], backward: bool) -> str:
-        swapped = f"{sum(row.is_swapped for row in rows)} of {len(rows)} {what}"
+    def _summary(self, what: str, done: str, rows: tuple[LayerAcceleration, ...], backward: bool) -> str:
+        swapped = f"{sum(row.is_swapped for row in rows)} of {len(rows)} {what}{'' if len(rows) == 1 else 's'} {done}"
         before, now = _totals(rows)
         if not before:
             return f"{swapped}."
         passes = "forward and backward" if backward else "forward"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        if not any(row.is_swapped and row.milliseconds_before is not None for row in rows):
+            return f"{swapped}; none of those measured is faster in another way ({passes}, {threads})."
         return f"{swapped}; the measured ones take {now:.2f} ms instead of {before:.2f} ({passes}, {threads})."
 
 

@@ -66,7 +66,7 @@ def accelerate(
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
-        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. It runs on it
+        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. It runs on a copy
             (once, or three times in a lower precision, in evaluation mode, without gradients; its state is restored), and
             all is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
             example, depthwise layers are swapped unmeasured, blocks and batch norms are not, and a pointwise layer is
@@ -98,20 +98,29 @@ def accelerate(
     return model, replace(report, chains=chain(model))
 
 
-def swap_layers(model: nn.Module, layers: Mapping[str, str]) -> None:
+def swap_layers(model: nn.Module, layers: Mapping[str, str]) -> tuple[str, ...]:
     """Swap layers, in place, as a call of `accelerate` did in an equal network, without measuring.
 
-    Layers that are swapped already or cannot be swapped, such as parametrized ones, are left alone.
+    Layers that cannot be swapped, such as parametrized ones, are left alone, and unknown names are passed over.
 
     Args:
         model: the network.
         layers: class of each layer that `accelerate` swapped, by name (`row.name` and `row.after` of `report.swapped`).
+
+    Returns:
+        the names of the layers that have these classes now, those that had them before included.
     """
     kinds = {kind.__name__: kind for kind in ACCELERATED}
+    swapped = []
     for name, module in model.named_modules():
         kind = kinds.get(layers.get(name, ""))
-        if kind is not None and not reason_against(module, kind):
+        if kind is None:
+            continue
+        if not reason_against(module, kind):
             module.__class__ = kind
+        if type(module) is kind:
+            swapped.append(name)
+    return tuple(swapped)
 
 
 def _swap_by_example(
