@@ -19,7 +19,8 @@ OPERATOR_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn with the other implementations, on the same numbers, in float32; ± is "
     "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: an "
     "implementation that takes more than a second is called once.",
-    f"Calls are made {_IN_TURN}",
+    f"Calls are made {_IN_TURN} Beside onnxruntime and OpenVINO, 20 ms pass before each turn, so that the threads of the "
+    "others sleep.",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout.",
     "GFLOP/s count two operations for each tap that lies on a pixel, and none for padding. An algorithm that needs "
     "fewer operations can exceed the FMA peak (of peak > 1).",

@@ -28,7 +28,7 @@ from widekernel.bench.platforms import Limits, Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
 from widekernel.bench.rows import DeviceOperatorRow, OperatorRow, SweepRow
 from widekernel.bench.time_budget import TimeBudget
-from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
+from widekernel.bench.timing import NO_TIMES, SETTLING, Timing, first_calls, interleave
 from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS
 from widekernel.ops.reference import relative_error
@@ -192,10 +192,12 @@ class _Trial:
 
     def _measure(self, tensors: Tensors) -> None:
         calls = implementations(self.direction, *tensors, self.plan.request, self.case.dilation)
+        engines: dict[str, Call] = {}
         if self.plan.longest is not None:
             self._shorten(calls, tensors, self.plan.longest)
         elif self.direction == FORWARD and not self.platform.is_device and self.case.dilation == 1:
-            calls |= engine_calls(tensors.x, tensors.kernel)
+            engines = engine_calls(tensors.x, tensors.kernel)
+            calls |= engines
         outputs, first = self._first_calls(calls)
         self._note_algorithms(tensors)
         if self.platform.is_device:
@@ -208,7 +210,9 @@ class _Trial:
         if fastest and self.plan.longest is not None:
             right[_TWIN], first[_TWIN] = right[fastest], first[fastest]
         patience, stopwatch = self.platform.operator_patience, self.platform.stopwatch
-        self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch)
+        self.timings = interleave(
+            right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch, SETTLING if engines else 0.0
+        )
         if _TWIN in right:
             self.twin_ratio = self.timings.pop(_TWIN).median / self.timings[fastest].median
 
