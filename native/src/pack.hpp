@@ -75,7 +75,7 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
         return;
     }
     // Columns are adjacent: squares of LANES channels × LANES pixels are transposed. Rows without a gap between them are read
-    // as one; otherwise narrow maps would leave most of each square empty.
+    // as one; otherwise narrow maps would leave most of each square empty. A full square stays in registers.
     bool joined = from.row == columns;
     int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
     // The block behind this one is probably next. In small maps, every row of a square starts another stream of addresses.
@@ -88,14 +88,19 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
             const typename Type::Stored *source = from.at + run * from.row + p;
             if (fetches)
                 for (int c = 0; c < from.channels; c++) __builtin_prefetch(source + c * from.channel + behind, 0, 2);
-            Vec square[LANES];
-            if (count == LANES)
-                unroll<LANES>([&](auto c) {
-                    square[c] = c < from.channels ? Type::load(source + c * from.channel) : Vec{};
+            if (count == LANES && from.channels == LANES) {
+                Vec square[LANES];
+                unroll<LANES>([&](auto c) { square[c] = Type::load(source + c * from.channel); });
+                transpose(square);
+                unroll<LANES>([&](auto i) {
+                    *walk.at = square[i];
+                    walk.next();
                 });
-            else
-                for (int c = 0; c < LANES; c++)
-                    square[c] = c < from.channels ? load_some<Type>(source + c * from.channel, count) : Vec{};
+                continue;
+            }
+            Vec square[LANES];
+            for (int c = 0; c < LANES; c++)
+                square[c] = c < from.channels ? load_some<Type>(source + c * from.channel, count) : Vec{};
             transpose(square);
             for (int i = 0; i < count; i++) {
                 *walk.at = square[i];
@@ -127,19 +132,23 @@ void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t colu
         for (int64_t p = 0; p < length; p += LANES) {
             int count = static_cast<int>(least(LANES, length - p));
             typename Type::Stored *target = to.at + run * to.row + p;
-            Vec square[LANES];
-            for (int i = 0; i < count; i++) {
-                square[i] = finish(*walk.at);
-                walk.next();
-            }
-            for (int i = count; i < LANES; i++) square[i] = Vec{};
-            transpose(square);
-            if (count == LANES)
-                unroll<LANES>([&](auto c) {
-                    if (c < to.channels) Type::store(target + c * to.channel, square[c]);
+            if (count == LANES && to.channels == LANES) {
+                Vec square[LANES];
+                unroll<LANES>([&](auto i) {
+                    square[i] = finish(*walk.at);
+                    walk.next();
                 });
-            else
-                for (int c = 0; c < to.channels; c++) store_some<Type>(target + c * to.channel, square[c], count);
+                transpose(square);
+                unroll<LANES>([&](auto c) { Type::store(target + c * to.channel, square[c]); });
+                continue;
+            }
+            Vec square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                square[i] = i < count ? finish(*walk.at) : Vec{};
+                if (i < count) walk.next();
+            }
+            transpose(square);
+            for (int c = 0; c < to.channels; c++) store_some<Type>(target + c * to.channel, square[c], count);
         }
     }
 }

@@ -14,6 +14,7 @@ from widekernel.bench.timing import (
     FEWEST,
     MOST,
     SETTLING,
+    WAKING,
     Timing,
     WallClock,
     balanced_orders,
@@ -83,6 +84,17 @@ def test_pauses_let_the_threads_of_other_programs_go_to_sleep(monkeypatch: pytes
     timings = interleave(scene.calls, first, 1.0, rounds=2, stopwatch=scene.stopwatch, pause=SETTLING)
     assert scene.made == ["0.02 s", "a", "0.02 s", "b", "0.02 s", "b", "0.02 s", "a"]
     assert timings == {"a": Timing((0.25,) * 2), "b": Timing((0.5,) * 2)}
+
+
+def test_untimed_calls_wake_the_processor_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machinery(0.0, quick=2**-10, long=2**-7)
+    monkeypatch.setattr("widekernel.bench.timing.time.sleep", lambda seconds: machine.made.append("pause"))
+    first = {"quick": 2**-10, "long": 2**-7}
+    timings = interleave(machine.calls, first, 1.0, rounds=4, stopwatch=machine.stopwatch, pause=SETTLING)
+    after = [len(list(calls)) for name, calls in itertools.groupby(machine.made) if name == "quick"]
+    assert timings["quick"].calls == timings["long"].calls == 4
+    assert len(after) == 4 and min(after) > WAKING * 2**10
+    assert machine.made.count("long") == 4 * 2
 
 
 def test_the_call_before_a_short_one_does_not_change_its_time() -> None:

@@ -20,7 +20,7 @@ OPERATOR_NOTES: tuple[str, ...] = (
     "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: an "
     "implementation that takes more than a second is called once.",
     f"Calls are made {_IN_TURN} Beside onnxruntime and OpenVINO, 20 ms pass before each turn, so that the threads of the "
-    "others sleep.",
+    "others sleep, and then 5 ms of untimed calls wake the processor.",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout.",
     "GFLOP/s count two operations for each tap that lies on a pixel, and none for padding. An algorithm that needs "
     "fewer operations can exceed the FMA peak (of peak > 1).",

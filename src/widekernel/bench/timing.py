@@ -9,7 +9,8 @@ fast as the fastest; a very slow one is not repeated, and its first call is the 
 What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
 timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in
 the allocator. The threads of a call wait for the next one for some milliseconds before they sleep, and would compete with
-calls that have threads of their own, so between programs with different threads a pause is made.
+calls that have threads of their own, so between programs with different threads a pause is made. A processor that has slept
+is slow for some milliseconds, so after a pause the untimed calls go on for that long.
 
 A `Stopwatch` times a single call: by the clock of the host (`WallClock`) or by the events of a device
 (`devices.EventStopwatch`).
@@ -38,6 +39,8 @@ SHORT = 0.02
 """Seconds below which a call is short: it is timed in bursts."""
 SETTLING = 0.02
 """Seconds in which threads without work go to sleep: GNU's OpenMP runtime lets them wait for some milliseconds."""
+WAKING = 0.005
+"""Seconds of untimed calls after a pause."""
 BURST, ROUNDS = 4, 8
 """Largest number of timed calls in a burst, and the number of rounds before bursts get longer."""
 
@@ -199,7 +202,7 @@ def interleave(
             if pause:
                 time.sleep(pause)
             if bursts[name]:
-                calls[name]()
+                _warm_up(calls[name], stopwatch, WAKING if pause else 0.0)
             for _ in range(min(max(1, bursts[name]), wanted[name] - len(times[name]))):
                 times[name].append(_seconds(calls[name], stopwatch))
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
@@ -233,6 +236,15 @@ def planned_calls(
     if rounds is not None:
         return rounds
     return max(FEWEST, min(MOST, int(budget / max(estimate, 1e-9))))
+
+
+def _warm_up(call: Callable[[], Any], stopwatch: Stopwatch, seconds: float) -> None:
+    """Make untimed calls for a time, and at least one."""
+    left = seconds
+    while True:
+        left -= max(_seconds(call, stopwatch), 1e-6)
+        if left <= 0.0:
+            return
 
 
 def _seconds(call: Callable[[], Any], stopwatch: Stopwatch) -> float:
