@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 7
+#define WK_ABI 8
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -158,6 +158,18 @@ typedef struct {
     float *y;                                                // (images, channels)
 } wk_gate;
 
+// A depthwise convolution, y = Σ taps · x + shift, or the ReLU of it, where the patch is the kernel with its strides. Everything is
+// float32. Channels are adjacent in x and y. `y` must not overlap `x`.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;  // of the result
+    int32_t x_height, x_width;
+    int32_t relu;
+    wk_tensor x, y;
+    wk_patch patch;
+    const float *taps, *shift;  // (rows, columns, channels), (channels); `shift` may be null
+} wk_depthwise_conv;
+
 // The gradients of the weights and the bias of a pointwise layer: weight[o][i] = Σ grad[o] · x[i] and bias[o] = Σ grad[o] over all
 // pixels. Any strides are valid, but contiguous channels or columns are fast.
 typedef struct {
@@ -225,15 +237,18 @@ void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t
 int32_t wk_gate_run(const wk_gate *call);
 int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
 
+int32_t wk_depthwise_conv_run(const wk_depthwise_conv *call);
+int32_t wk_depthwise_conv_run_at(const wk_depthwise_conv *call, const void *x, void *y);
+
 // What a step of `wk_run_steps` computes.
-enum wk_step_kind { WK_PRODUCTS_STEP = 0, WK_DEPTHWISE_STEP = 1, WK_GATE_STEP = 2 };
+enum wk_step_kind { WK_PRODUCTS_STEP = 0, WK_DEPTHWISE_STEP = 1, WK_GATE_STEP = 2, WK_CONV_STEP = 3 };
 
 // An address: `offset` bytes from one of the bases of `wk_run_steps`; null if `base` is negative.
 typedef struct {
     int64_t base, offset;
 } wk_place;
 
-// One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum` or `wk_gate`. `packed`, `factors` and
+// One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum`, `wk_gate` or `wk_depthwise_conv`. `packed`, `factors` and
 // `residual` belong to products; `taps`, `scale`, `shift`, `relu` and `partial` to depthwise sums.
 typedef struct {
     int32_t kind, relu;

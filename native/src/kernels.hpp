@@ -44,6 +44,7 @@ struct Kernels {
     const char *(*sum_form)(const wk_sum &call);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
     int32_t (*gate)(const wk_gate &call);
+    int32_t (*depthwise_conv)(const wk_depthwise_conv &call);
     int32_t (*pointwise_weight_grad)(const wk_pointwise_grad &call);
     int32_t (*batch_norm)(const wk_batch_norm &call);
     Products products;  // of float32

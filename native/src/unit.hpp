@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch_norm.hpp"
+#include "depthwise_conv.hpp"
 #include "gate.hpp"
 #include "pointwise_grad.hpp"
 #include "products_unit.hpp"
@@ -35,6 +36,8 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
 
 inline int32_t gate(const wk_gate &call) { return Gate(call).run(); }
 
+inline int32_t depthwise_conv(const wk_depthwise_conv &call) { return DepthwiseConv(call).run(); }
+
 inline int32_t pointwise_weight_grad(const wk_pointwise_grad &call) { return PointwiseGrad(call).run(); }
 
 inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).run(); }
@@ -51,6 +54,7 @@ inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).ru
                             WK_NAMESPACE::sum_form,                                                                             \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
                             WK_NAMESPACE::gate,                                                                                 \
+                            WK_NAMESPACE::depthwise_conv,                                                                       \
                             WK_NAMESPACE::pointwise_weight_grad,                                                                \
                             WK_NAMESPACE::batch_norm,                                                                           \
                             WK_PRODUCTS};

@@ -5,6 +5,7 @@
 //
 // Every instruction set of the library that the processor has, or the named one, computes the same problems. Problem i of seed s
 // is problem 0 of seed s + i. The exit status is 1 if a result is wrong, and 2 if nothing could be tested.
+#include "fuzz/depthwise_conv.hpp"
 #include "fuzz/depthwise_tests.hpp"
 #include "fuzz/pointwise.hpp"
 #include "fuzz/response.hpp"
@@ -59,6 +60,7 @@ int main(int count, char **arguments) {
             test_response(seed + i, random, judge);
             test_pointwise_grad(seed + i, random, judge);
             test_batch_norm(seed + i, random, judge);
+            test_depthwise_conv(seed + i, random, judge);
             test_steps(seed + i, random);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),

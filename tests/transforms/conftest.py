@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tests.transforms.acceleration import replace_measurement
 from widekernel.ops.cpu.sequence import Sequence
+from widekernel.ops.depthwise_conv_reference import depthwise_conv
 from widekernel.ops.pointwise_reference import ReferenceBlock
 from widekernel.transforms.acceleration import swapping, timing
 from widekernel.transforms.acceleration.fusion import fused, packing
+from widekernel.transforms.acceleration.fusion.weights import BlockWeights, DepthwiseWeights
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +29,19 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return replace_measurement(monkeypatch)
 
 
+def reference_of(weights: BlockWeights | DepthwiseWeights, precision: str = "float32") -> Callable[..., Tensor]:
+    """Return the definition of what weights compute."""
+    if isinstance(weights, DepthwiseWeights):
+        return lambda x, residual=None: depthwise_conv(x, *weights)
+    return ReferenceBlock(*weights, precision)
+
+
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the native library, blocks are computed by their definition."""
     if packing.missing() is not None:
         monkeypatch.setattr(fused, "missing", lambda _="": None)
-        monkeypatch.setattr(fused, "pack", lambda weights, _: ReferenceBlock(*weights))
+        monkeypatch.setattr(fused, "pack", lambda weights, _: reference_of(weights))
 
 
 @pytest.fixture
@@ -41,7 +50,7 @@ def packs_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     if packing.missing("bfloat16") is not None or packing.missing("int8") is not None:
         for module in (fused, swapping):
             monkeypatch.setattr(module, "missing", lambda _="": None)
-        monkeypatch.setattr(fused, "pack", lambda weights, precision: ReferenceBlock(*weights, precision))
+        monkeypatch.setattr(fused, "pack", reference_of)
 
 
 @pytest.fixture

@@ -108,7 +108,6 @@ def test_a_norm_before_zeros_is_not_folded(make: Callable[[], nn.Module]) -> Non
         nn.Conv2d(12, 8, 3, 2, 1, groups=4),
         nn.Conv2d(12, 8, 3, 2, 2, dilation=2),
         nn.Conv2d(12, 8, 3, 2, 1, padding_mode="reflect"),
-        nn.Conv2d(12, 12, 2, 2, groups=12),
         nn.Conv1d(12, 8, 2, 2),
     ],
     ids=str,

@@ -30,6 +30,8 @@ struct Library {
     FUNCTION(pointwise_run_at);
     FUNCTION(gate_run);
     FUNCTION(gate_run_at);
+    FUNCTION(depthwise_conv_run);
+    FUNCTION(depthwise_conv_run_at);
     FUNCTION(run_steps);
     FUNCTION(pointwise_weight_grad);
     FUNCTION(batch_norm_run);
@@ -76,6 +78,8 @@ void open_library(const char *path) {
     FIND(pointwise_run_at);
     FIND(gate_run);
     FIND(gate_run_at);
+    FIND(depthwise_conv_run);
+    FIND(depthwise_conv_run_at);
     FIND(run_steps);
     FIND(pointwise_weight_grad);
     FIND(batch_norm_run);

@@ -100,13 +100,15 @@ class Chain {
 
     void add_step() {
         wk_step step{};
-        step.kind = random_.integer(0, 2);
+        step.kind = random_.integer(0, 3);
         // Factors are of use to a product of the same image only.
         Operands from{find(false, nullptr)};
         if (step.kind == WK_PRODUCTS_STEP)
             add_products(step, from);
         else if (step.kind == WK_DEPTHWISE_STEP)
             add_depthwise(step, from);
+        else if (step.kind == WK_CONV_STEP)
+            add_conv(step, from);
         else
             add_gate(step, from);
         for (int operand : {from.x, from.factors, from.residual})
@@ -189,6 +191,31 @@ class Chain {
         name_ += " gate";
     }
 
+    // The values of a convolution have adjacent channels; without any, the step is one of squeeze-excite.
+    void add_conv(wk_step &step, const Operands &from) {
+        const Held &x = values_[static_cast<size_t>(from.x)];
+        if (!x.channels_last) {
+            step.kind = WK_GATE_STEP;
+            add_gate(step, from);
+            return;
+        }
+        const Shape in = x.shape;
+        wk_depthwise_conv &call = convs_.emplace_back();
+        call.threads = random_.integer(1, 3), call.images = static_cast<int32_t>(in.images);
+        call.channels = static_cast<int32_t>(in.channels), call.relu = random_.often();
+        call.x_height = static_cast<int32_t>(in.height), call.x_width = static_cast<int32_t>(in.width);
+        call.patch = {3, 3, random_.integer(1, 2), random_.integer(1, 2), 1, 1};
+        const Shape out{in.images, in.channels, (in.height - 1) / call.patch.row_stride + 1,
+                        (in.width - 1) / call.patch.column_stride + 1};
+        call.height = static_cast<int32_t>(out.height), call.width = static_cast<int32_t>(out.width);
+        call.taps = numbers(9 * in.channels), call.shift = maybe(in.channels);
+        Held &y = hold(out, false);
+        y.channels_last = true;
+        call.y = y.tensor(), call.x = values_[static_cast<size_t>(from.x)].tensor();
+        step.call = &call;
+        name_ += " convolution";
+    }
+
     float *memory_of(int value) { return value < 0 ? nullptr : values_[static_cast<size_t>(value)].alone.data(); }
 
     // Step i reads values that steps before it have written, and writes value i + 1.
@@ -199,6 +226,7 @@ class Chain {
         if (s.kind == WK_PRODUCTS_STEP)
             return library.pointwise_run_at(s.packed, static_cast<const wk_pointwise_call *>(s.call), x, memory_of(from.factors),
                                             memory_of(from.residual), y);
+        if (s.kind == WK_CONV_STEP) return library.depthwise_conv_run_at(static_cast<const wk_depthwise_conv *>(s.call), x, y);
         if (s.kind == WK_GATE_STEP) return library.gate_run_at(static_cast<const wk_gate *>(s.call), x, y);
         return library.depthwise_sum_at(static_cast<const wk_sum *>(s.call), x, y, s.taps, s.scale, s.shift, s.relu, s.partial);
     }
@@ -254,6 +282,7 @@ class Chain {
     std::deque<wk_sum> sums_;
     std::deque<wk_pointwise_call> products_;
     std::deque<wk_gate> gates_;
+    std::deque<wk_depthwise_conv> convs_;
 };
 
 void test_steps(uint64_t seed, const Random &random) { Chain(seed, random).test(); }

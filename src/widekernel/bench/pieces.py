@@ -22,6 +22,7 @@ from widekernel.bench.tables import Column, significant
 from widekernel.bench.timing import SHORT, Stopwatch, WallClock
 from widekernel.bench.variants import with_visible_blocks
 from widekernel.layers import FoldedLargeKernel
+from widekernel.ops.cpu.depthwise_conv import PackedDepthwiseConv
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.ops.cpu.prepared import PreparedSum
 from widekernel.ops.problem import LAYOUTS, Problem
@@ -216,7 +217,7 @@ def _native_piece(owner: Any) -> str:
     if isinstance(owner, PackedBlock):
         patch = getattr(owner, "patch", None)
         return FUSED if patch is None else STEM if owner.inputs <= 4 else DOWN
-    return DEPTHWISE if isinstance(owner, PreparedSum) else NATIVE
+    return DEPTHWISE if isinstance(owner, (PreparedSum, PackedDepthwiseConv)) else NATIVE
 
 
 def flop_of(span: Span) -> float:
@@ -225,6 +226,8 @@ def flop_of(span: Span) -> float:
     if span.is_native:
         if isinstance(owner, PackedBlock):
             return 2.0 * owner.macs * output.numel() / owner.outputs
+        if isinstance(owner, PackedDepthwiseConv):  # with the taps beside the image, because a sequence hides its inputs
+            return 2.0 * math.prod(owner.patch.kernel) * output.numel()
         return _flop_of_problem(owner.problem) if isinstance(owner, PreparedSum) else 0.0
     if span.has_native:  # which counts by itself
         return 0.0

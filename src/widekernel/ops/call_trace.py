@@ -25,6 +25,7 @@ class FusedCall:
         gate: whether squeeze-excite came first, in a native call of its own.
         response: whether a response norm preceded the second layer.
         precision: type of the factors of its products.
+        depthwise: whether it computed a depthwise convolution, and no products.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +38,7 @@ class FusedCall:
     gate: bool = False
     response: bool = False
     precision: str = "float32"
+    depthwise: bool = False
 
 
 @dataclass(frozen=True)

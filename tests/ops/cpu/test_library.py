@@ -56,6 +56,8 @@ int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, con
                             void *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run(const wk_gate *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_ARGUMENT; }
+int32_t wk_depthwise_conv_run(const wk_depthwise_conv *) { return WK_BAD_ARGUMENT; }
+int32_t wk_depthwise_conv_run_at(const wk_depthwise_conv *, const void *, void *) { return WK_BAD_ARGUMENT; }
 int32_t wk_run_steps(const wk_step *, int32_t, void *const *) { return WK_BAD_ARGUMENT; }
 int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 0; }
 int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *) { return WK_BAD_ARGUMENT; }
@@ -320,6 +322,7 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
         "wk_gate": library.Gate,
+        "wk_depthwise_conv": library.DepthwiseConv,
         "wk_patch": library.PatchGeometry,
         "wk_place": library.Place,
         "wk_step": library.Step,
@@ -348,7 +351,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
 def test_constants_and_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "include" / "widekernel.h").read_text()
     constants = {name: int(value) for name, value in re.findall(r"\bWK_(\w+) = (\d+)", header)}
-    assert len(constants) == 18
+    assert len(constants) == 19
     assert constants == {name: getattr(library, name) for name in constants}
     defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
     assert defined == {name: str(getattr(library, name)) for name in ("ABI", "MOST_PASSES", "MOST_RECTS")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from widekernel.transforms.acceleration.fusion.fused import (
     planned,
     reasons_against_fusing,
 )
-from widekernel.transforms.acceleration.fusion.graph import is_product, may_own
+from widekernel.transforms.acceleration.fusion.graph import may_own, starts_region
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan
 from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, unmeasurable
 from widekernel.transforms.acceleration.report import LayerAcceleration
@@ -27,11 +28,19 @@ from widekernel.transforms.acceleration.timing import Timing
 
 
 class BlockTrial(NamedTuple):
-    """The decision on one block: its row of the report, and the plan if it is to be fused."""
+    """The decision on one block.
+
+    Attributes:
+        block: the block.
+        row: its row of the report.
+        plan: the plan if it is to be fused.
+        spare: the plan if it gains nothing alone, which may change in a chain.
+    """
 
     block: nn.Module
     row: LayerAcceleration
     plan: Plan | None = None
+    spare: Plan | None = None
 
 
 def block_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -56,14 +65,40 @@ def try_blocks(
     trials: list[BlockTrial] = []
     taken: set[nn.Module] = set()
     for name, block in blocks:
-        layers = {module for module in block.modules() if is_product(module)}
+        layers = {module for module in block.modules() if starts_region(module)}
         if layers <= taken:
             continue
         trial = _try_block(name, block, taken, seen[block], samples.get(block), precision)
         if trial is not None:
             trials.append(trial)
             taken |= layers if isinstance(block, FusedBlock) else set(trial.plan.layers if trial.plan else ())
-    return trials
+    return _with_chains_completed([block for _, block in blocks], trials, taken)
+
+
+def _with_chains_completed(blocks: list[nn.Module], trials: list[BlockTrial], taken: set[nn.Module]) -> list[BlockTrial]:
+    """Fuse all members of containers if they are together as fast as with the best choice for each.
+
+    One call then computes them all, which is faster than the measurements of single blocks can show.
+    """
+    by_block = {trial.block: trial for trial in trials}
+    for container in blocks:
+        members = [by_block.get(block) for block in container.children()]
+        if type(container) is not nn.Sequential or len(members) < 2 or not any(trial and trial.spare for trial in members):
+            continue
+        plans = [trial and (trial.plan or trial.spare) for trial in members]
+        if not all(plan is not None and plan.is_replayable for plan in plans):
+            continue
+        present = [trial for trial in members if trial is not None]
+        times = [(trial.row.milliseconds_before or 0.0, trial.row.milliseconds_after or 0.0) for trial in present]
+        if sum(after for _, after in times) >= timing.LEAST_GAIN * sum(map(min, times)):
+            continue
+        for trial in present:
+            if trial.spare is not None and taken.isdisjoint(trial.spare.layers):
+                after = fused_class(type(trial.block), trial.spare.precision).__name__
+                row = replace(trial.row, after=after, reason="a part of a chain")
+                by_block[trial.block] = BlockTrial(trial.block, row, trial.spare)
+                taken |= set(trial.spare.layers)
+    return [by_block[trial.block] for trial in trials]
 
 
 @torch.no_grad()
@@ -104,4 +139,4 @@ def _try_block(
         total = Timing(total.before + count * time.before, total.after + count * time.after)
     after = fused_class(type(block), precision).__name__ if total.is_gain else None
     row = LayerAcceleration(name, before, after, "" if total.is_gain else "not faster", calls, *total, found.size)
-    return BlockTrial(block, row, plan if total.is_gain else None)
+    return BlockTrial(block, row, *((plan, None) if total.is_gain else (None, plan)))

@@ -12,7 +12,7 @@ from torch import nn
 from widekernel.transforms.acceleration.blocks import BlockTrial
 from widekernel.transforms.acceleration.fusion import FusedBlock, unfuse
 from widekernel.transforms.acceleration.fusion.fused import is_intact, needs_plan
-from widekernel.transforms.acceleration.fusion.graph import is_product
+from widekernel.transforms.acceleration.fusion.graph import starts_region
 from widekernel.transforms.acceleration.fusion.guards import STATE
 
 
@@ -30,7 +30,7 @@ class Fused(NamedTuple):
         """Note how `block` is fused."""
         state = vars(block).get(STATE)
         planned = state is not None and state.plan is not None
-        layers = state.plan.layers if planned else filter(is_product, block.modules())
+        layers = state.plan.layers if planned else filter(starts_region, block.modules())
         return cls(block, type(block), block.fused_precision, state, frozenset(layers))
 
     def restore(self) -> None:

@@ -8,9 +8,10 @@ tensors. Attributes that `forward` sets are set on the shadow.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
@@ -19,8 +20,10 @@ from widekernel.ops.patch import Patch
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 
 _CONTAINERS = (list, dict, set)
-# A block is traced through modules whose products are at most so many levels below them.
+# A block is traced through modules whose layers are at most so many levels below them.
 _LEVELS = 2
+# Most taps of a small depthwise convolution.
+_TAPS, _TAPS_WITH_STRIDE = 9, 25
 
 
 class NotTraceableError(Exception):
@@ -62,12 +65,13 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def patch_of(module: nn.Module) -> Patch | None:
-    """Return the patches of a convolution with a stride, such as a stem or a downsampling layer; None for anything else."""
+    """Return the patches of a convolution with a stride, such as a stem, or of a depthwise one; None for anything else."""
     if not is_plain(module) or isinstance(module, nn.Linear) or "weight" not in module._parameters:
         return None
     conv: Any = module
-    plain = conv.groups == 1 and conv.padding_mode == "zeros" and tuple(conv.dilation) == (1, 1)
-    if not plain or max(conv.stride) == 1 or conv.padding == "same":
+    plain = conv.padding_mode == "zeros" and tuple(conv.dilation) == (1, 1) and conv.padding != "same"
+    depthwise = 1 < conv.groups == conv.in_channels == conv.out_channels
+    if not plain or not (depthwise or (conv.groups == 1 and max(conv.stride) > 1)):
         return None
     padding = (0, 0) if conv.padding == "valid" else tuple(conv.padding)
     return Patch(tuple(conv.kernel_size), tuple(conv.stride), padding)
@@ -75,18 +79,37 @@ def patch_of(module: nn.Module) -> Patch | None:
 
 def is_product(module: nn.Module) -> bool:
     """Return whether `module` is a matrix product over the channels of pixels or of patches."""
-    return is_pointwise(module) or patch_of(module) is not None
+    layer: Any = module
+    return is_pointwise(module) or (patch_of(module) is not None and layer.groups == 1)
 
 
-def has_products(module: nn.Module, levels: int = _LEVELS) -> bool:
-    """Return whether a product is among the descendants of `module`, at most `levels` below it, and none deeper."""
-    depths = [name.count(".") + 1 for name, part in module.named_modules() if name and is_product(part)]
+def is_small_depthwise(module: nn.Module) -> bool:
+    """Return whether `module` is a depthwise convolution of few taps; `ops.depthwise_sum` computes larger ones faster."""
+    patch, layer = patch_of(module), cast(Any, module)
+    if patch is None or layer.groups == 1:
+        return False
+    return math.prod(patch.kernel) <= (_TAPS if max(patch.stride) == 1 else _TAPS_WITH_STRIDE)
+
+
+def starts_region(module: nn.Module) -> bool:
+    """Return whether `module` may be the first layer of what one native call computes."""
+    return is_product(module) or is_small_depthwise(module)
+
+
+def has_layers(module: nn.Module, levels: int = _LEVELS) -> bool:
+    """Return whether a first layer is among the descendants of `module`, at most `levels` below it, and none deeper.
+
+    Depthwise convolutions do not count if there are products.
+    """
+    parts = [(name.count(".") + 1, part) for name, part in module.named_modules() if name]
+    depths = [depth for depth, part in parts if is_product(part)]
+    depths = depths or [depth for depth, part in parts if is_small_depthwise(part)]
     return bool(depths) and max(depths) <= levels
 
 
 def may_own(module: nn.Module) -> bool:
     """Return whether `module` could be a block whose parts are fused: it is close to some product."""
-    return any(is_product(child) or has_products(child) for child in module.children())
+    return any(starts_region(child) or has_layers(child) for child in module.children())
 
 
 def trace_block(block: nn.Module, opaque: frozenset[str] = frozenset()) -> BlockGraph:
@@ -182,7 +205,7 @@ class _Tracer(fx.Tracer):
         if is_plain(module):
             return False
         if module._modules:
-            return has_products(module)
+            return has_layers(module)
         # A layer scale: a single parameter with one value per channel, and no epsilon.
         values = list(module._parameters.values())
         is_scale = len(values) == 1 and values[0] is not None and values[0].dim() == 1 and not module._buffers

@@ -22,6 +22,7 @@ from widekernel.transforms.acceleration.fusion.regions import Region, find_regio
 from widekernel.transforms.acceleration.fusion.replay import Replay, is_replayable
 from widekernel.transforms.acceleration.fusion.weights import (
     BlockWeights,
+    DepthwiseWeights,
     Fingerprint,
     UnsuitableWeightsError,
     block_weights,
@@ -30,7 +31,7 @@ from widekernel.transforms.acceleration.fusion.weights import (
 )
 
 NOTHING_TO_FUSE = "nothing in it can be fused"
-Pack = Callable[[BlockWeights, str], Callable[..., Tensor]]
+Pack = Callable[[BlockWeights | DepthwiseWeights, str], Callable[..., Tensor]]
 
 
 class UnsuitableInputError(Exception):
@@ -214,11 +215,12 @@ class Plan:
                 norm=bool(region.norm),
                 pair=bool(region.second),
                 residual=residual is not None,
-                patches=region.patch is not None,
+                patches=region.patch is not None and not region.depthwise,
                 norm_after=bool(region.after),
                 gate=region.gate is not None,
                 response=bool(region.response),
-                precision=self.precision,
+                precision="float32" if region.depthwise else self.precision,
+                depthwise=region.depthwise,
             )
             call_trace.record_fused(call)
             recording.note_event(partial(call_trace.record_fused, call))
@@ -310,7 +312,10 @@ def _described(found: BlockGraph, region: Region) -> str:
     layers: list[Any] = [found.modules[name] for name in region.layers()]
     widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     parts = [str(widths[0]), str(widths[1])]
-    if region.patch is not None:
+    if region.depthwise:
+        size, stride = ("x".join(map(str, sides)) for sides in (layers[0].kernel_size, layers[0].stride))
+        parts = [f"{size} depthwise with stride {stride}, {region.dim_in} channels"]
+    elif region.patch is not None:
         rows, columns = region.patch.kernel
         parts[0] = f"{rows}x{columns} patches of {parts[0]}"
     if region.after:

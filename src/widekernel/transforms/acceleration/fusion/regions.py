@@ -4,7 +4,11 @@
         -> [activation -> [[response norm] -> layer -> [affine]]] -> [+ residual]
 
 The product is a pointwise layer, or a convolution with a stride, which is a product over patches; the second layer is
-pointwise. Between the parts, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing
+pointwise. Or
+
+    small depthwise convolution -> [affine] -> [ReLU]
+
+Between the parts, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing
 in evaluation. No value inside a region is used outside it, and no node belongs to two regions.
 """
 
@@ -20,7 +24,13 @@ from widekernel.layers.norms import is_foldable
 from widekernel.ops.patch import Patch
 from widekernel.ops.pointwise_reference import ACTIVATIONS
 from widekernel.transforms.acceleration.fusion.gates import Gate, gate_ending_with
-from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise, is_product, patch_of
+from widekernel.transforms.acceleration.fusion.graph import (
+    BlockGraph,
+    is_pointwise,
+    is_small_depthwise,
+    patch_of,
+    starts_region,
+)
 from widekernel.transforms.acceleration.fusion.nodes import (
     FIRST,
     LAST,
@@ -64,7 +74,7 @@ class Region:
     Attributes:
         x: the node whose value goes in.
         x_axis: axis of the channels of that value.
-        first: name of the first layer, pointwise or a convolution with a stride.
+        first: name of the first layer, pointwise, a convolution with a stride, or a depthwise one.
         dim_in: number of channels of its input.
         dim_out: number of channels of the result.
         nodes: the nodes of the region.
@@ -80,6 +90,7 @@ class Region:
         product: the last node before the residual is added.
         product_axis: axis of the channels of its value.
         residual: the node that is added to it; None for none.
+        depthwise: whether the first layer is a depthwise convolution, which is then the only one.
         last: the last node; its value comes out.
     """
 
@@ -102,6 +113,7 @@ class Region:
     second: str = ""
     second_affine: list[Affine] = field(default_factory=list)
     residual: fx.Node | None = None
+    depthwise: bool = False
 
     def layers(self) -> tuple[str, ...]:
         """Return the names of the layers whose products it computes for pixels."""
@@ -116,8 +128,9 @@ class Region:
         return any(part not in ("", None) for part in (self.patch, self.gate, self.response))
 
     def is_more_than_a_layer(self) -> bool:
-        """Return whether it contains more than one pointwise layer alone."""
-        more = self.patch, self.gate, self.norm, self.affine, self.after, self.second, self.residual
+        """Return whether it contains more than one pointwise or depthwise layer alone."""
+        patch = None if self.depthwise else self.patch
+        more = patch, self.gate, self.norm, self.affine, self.after, self.second, self.residual
         return any(part not in ("", [], None) for part in more) or self.activation != "none"
 
 
@@ -132,7 +145,7 @@ def find_regions(found: BlockGraph) -> list[Region]:
     regions: list[Region] = []
     for node in found.graph.nodes:
         module = found.module(node)
-        if module is not None and is_product(module) and not any(node in region.nodes for region in regions):
+        if module is not None and starts_region(module) and not any(node in region.nodes for region in regions):
             region = matcher.region(node, regions)
             if region is not None and region.is_more_than_a_layer():
                 # The layers of its gate may have been a region of their own.
@@ -156,9 +169,13 @@ class _Matcher(Nodes):
         x = only_argument(start)
         if x is None:
             return None
+        module = self.found.modules[str(start.target)]
         dim_out, dim_in = self.sizes(start)
-        patch = patch_of(self.found.modules[str(start.target)])
-        region = Region(x, axis, str(start.target), dim_in, dim_out, {start}, start, axis, start, patch)
+        region = Region(x, axis, str(start.target), dim_in, dim_out, {start}, start, axis, start, patch_of(module))
+        if is_small_depthwise(module):
+            region.dim_in, region.depthwise = dim_out, True
+            self._extend_depthwise(region)
+            return region
         self._extend_backwards(region)
         self._extend_forwards(region)
         return region
@@ -182,6 +199,19 @@ class _Matcher(Nodes):
                 return
             region.nodes.add(node)
             region.x = node.all_input_nodes[0]
+
+    def _extend_depthwise(self, region: Region) -> None:
+        while len(region.product.users) == 1 and region.activation == "none":
+            node = next(iter(region.product.users))
+            kind, affine = self.kind(node), self._affine(node, region.product, FIRST)
+            if node in self._taken or (kind not in (IDENTITY, "relu") and affine is None):
+                return
+            if kind == "relu":
+                region.activation = kind
+            elif affine is not None:
+                region.affine.append(affine)
+            region.nodes.add(node)
+            region.product = region.last = node
 
     def _is_free(self, gate: Gate) -> bool:
         """Return whether no region extends beyond the gate that contains some of it."""

@@ -57,13 +57,24 @@ class BlockWeights(NamedTuple):
     gate: GateWeights | None = None
 
 
+class DepthwiseWeights(NamedTuple):
+    """The arguments of `ops.cpu.depthwise_conv.PackedDepthwiseConv`: weights in float32, with affine maps folded in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    patch: Patch
+    relu: bool
+
+
 @torch.no_grad()
-def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
+def block_weights(found: BlockGraph, region: Region) -> BlockWeights | DepthwiseWeights:
     """Compute the weights of a region from the current parameters and buffers, in float64, and round them to float32.
 
     Raises:
         UnsuitableWeightsError: if an affine map is not one value per channel, or weights have other shapes than before.
     """
+    if region.depthwise:
+        return _depthwise_weights(found, region)
     first, bias = _matrix(found.modules[region.first])
     last = first if not region.second else _matrix(found.modules[region.second])[0]
     gate = _gate_weights(found, region)
@@ -101,6 +112,16 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
     firsts, seconds = (matrix, _bias(bias)), (_float(second), _bias(second_bias))
     return BlockWeights(*firsts, region.activation, *seconds, eps, region.patch, None, response, response_eps, gate)
+
+
+def _depthwise_weights(found: BlockGraph, region: Region) -> DepthwiseWeights:
+    layer: Any = found.modules[region.first]
+    assert region.patch is not None
+    shape = (region.dim_in, 1, *region.patch.kernel)
+    if tuple(layer.weight.shape) != shape:
+        raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
+    weight, bias = _mapped(found, region.affine, *_matrix(layer))
+    return DepthwiseWeights(_float(weight).view(shape), _bias(bias), region.patch, region.activation == "relu")
 
 
 def _gate_weights(found: BlockGraph, region: Region) -> GateWeights | None:
