@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests import interpreting
+from tests import interpreting, pictures
 from tests.suites import SuiteReport
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,19 @@ def golden(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    with pictures.stand_ins():
+        yield
+
+
+@pytest.fixture
+def drawn_pictures() -> Iterator[None]:
+    """Let runs of the test draw the pictures of their curves and masks."""
+    with pictures.drawn():
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:
