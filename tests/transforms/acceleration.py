@@ -27,7 +27,7 @@ NETWORKS = {
     "unireplknet_nano": 64,
 }
 EACH = pytest.mark.parametrize("name", NETWORKS)
-SOME = ("slak_nano", "replknet_nano", "resnet18")
+SOME = ("slak_nano", "resnet18")
 
 
 def each_with(option: str) -> pytest.MarkDecorator:
