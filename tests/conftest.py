@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests import interpreting
+from tests import interpreting, pictures
 from tests.suites import SuiteReport
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +46,34 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    with pictures.stand_ins():
+        yield
+
+
+@pytest.fixture
+def drawn_pictures() -> Iterator[None]:
+    """Let runs of the test draw the pictures of their curves and masks."""
+    with pictures.drawn():
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SuiteReport(config))
+    # Processes that run tests side by side share the cores. Tests of threads choose their number.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection() -> None:
+    # Imported modules and collected tests stay; looking for garbage among them, again and again, takes several seconds.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

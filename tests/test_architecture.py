@@ -67,6 +67,11 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.Module, package: str) -> set[str]:
     """Return every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
     names = set()
@@ -109,7 +114,7 @@ def folders_of(tree: ast.Module, package: str) -> set[str]:
 
 def folders_imported(file: Path) -> set[str]:
     package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    return folders_of(ast.parse(file.read_text()), package)
+    return folders_of(parsed(file), package)
 
 
 def relative(file: Path) -> str:
@@ -172,7 +177,7 @@ def imports_of_modules() -> dict[str, set[str]]:
     for file in FILES:
         name = module_name(file)
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        graph[name] = modules_imported(ast.parse(file.read_text()), package, modules) - {name}
+        graph[name] = modules_imported(parsed(file), package, modules) - {name}
     return graph
 
 
@@ -242,15 +247,13 @@ def test_no_circle_of_folders(folder: str) -> None:
 
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
 def test_operators_and_layers_import_only_torch_and_numpy(file: Path) -> None:
-    names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
+    names = {name.split(".")[0] for name in imported(parsed(file), "widekernel.any")}
     also = {"triton"} if file.parent == SOURCE / "ops" / "gpu" / "kernels" else set()
     assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names, *also}
 
 
 def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
-    importing = [
-        file for file in FILES if any("ops.gpu.kernels" in name for name in imported(ast.parse(file.read_text()), ""))
-    ]
+    importing = [file for file in FILES if any("ops.gpu.kernels" in name for name in imported(parsed(file), ""))]
     assert [relative(file) for file in importing] == ["ops/gpu/launch.py", "ops/gpu/launch_weight_grad.py"]
 
 
@@ -269,7 +272,7 @@ def test_uses_of_torch_distributed_are_found(text: str) -> None:
 
 
 def test_one_module_uses_torch_distributed() -> None:
-    using = [relative(file) for file in FILES if uses_torch_distributed(ast.parse(file.read_text()))]
+    using = [relative(file) for file in FILES if uses_torch_distributed(parsed(file))]
     assert using == ["collectives.py"]
 
 
@@ -281,7 +284,7 @@ def test_the_ground_floor_imports_only_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_are_not_imported(name: str) -> None:
-    users = [file for file in FILES if f"widekernel.{name}" in imported(ast.parse(file.read_text()), "widekernel")]
+    users = [file for file in FILES if f"widekernel.{name}" in imported(parsed(file), "widekernel")]
     assert not users
 
 
@@ -302,9 +305,7 @@ def test_length_of_files_and_functions(folder: str | None) -> None:
 def test_only_the_command_line_prints(folder: str | None) -> None:
     prints: list[str] = []
     for file in (file for file in FILES if folder_of(file) == folder):
-        calls = [
-            n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-        ]
+        calls = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         prints += [f"{relative(file)}:{call.lineno}" for call in calls if call.func.id == "print"]
     assert prints == []
 

@@ -72,6 +72,7 @@ def test_a_script_and_a_process_that_it_starts(folder: Path, method: str) -> Non
     assert facts["known"] and facts["child"] == ["__mp_main__", True, arguments]
 
 
+@pytest.mark.slow
 def test_errors_of_the_script_are_unchanged(folder: Path) -> None:
     (folder / "bad.py").write_text("import timm\nprint('begun')\nraise KeyError('of the script')\n")
     done = run(folder, "bad.py")

@@ -17,7 +17,7 @@ from torch import nn
 
 import widekernel
 from tests.conftest import shared_folder
-from tests.models.zoo import NANO, assert_same_state, create, on_meta, snapshot, tables_drawn_once
+from tests.models.zoo import ALIKE, NANO, assert_same_state, create, on_meta, snapshot, tables_drawn_once
 from widekernel.analysis.complexity import Complexity, Cost, complexity
 from widekernel.cli.main import main
 from widekernel.data import DataConfig, Preprocessing
@@ -176,7 +176,14 @@ def counted_at_64(name: str) -> Complexity:
     return complexity(create(name), (3, 64, 64))
 
 
-@pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "shiftwise_nano_without_ghosts", "roadmap_00_resnet50_small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *[pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO],
+        "roadmap_00_resnet50_small",
+        *[pytest.param(name, marks=pytest.mark.slow) for name in ("slak_nano_square", "shiftwise_nano_without_ghosts")],
+    ],
+)
 def test_cost_grows_with_the_image(name: str) -> None:
     model = create(name)
     small, large = counted_at_64(name), complexity(model, (3, 128, 128))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tests import pictures
 from tests.engine.tiny import without_timings
 
 from widekernel.cli.main import main
@@ -56,7 +57,8 @@ def write_config(folder, images, **changes):
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    assert main(["train", "--config", str(write_config(folder, images)), "--output", str(folder / "run")]) == 0
+    with pictures.drawn():
+        assert main(["train", "--config", str(write_config(folder, images)), "--output", str(folder / "run")]) == 0
     return folder / "run"
 
 

@@ -102,6 +102,7 @@ def test_every_option_that_is_a_path_is_expanded() -> None:
                 pytest.fail(f"{command}: {action.dest} ({action.help})")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="file systems there take UTF-8 only")
 def test_file_names_that_are_not_text_are_printed_as_bytes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "widekernel", "eval", os.fsencode(tmp_path) + b"/caf\xe9[/b]"]

@@ -32,6 +32,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = write_config(tmp_path, images, ema={"decay": None})
     run = tmp_path / "run"
@@ -59,7 +60,9 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--sparsity.dynamic.block", "channel", "--sparsity.dynamic.layers", "large_kernel_only"],
+        pytest.param(
+            ["--sparsity.dynamic.block", "channel", "--sparsity.dynamic.layers", "large_kernel_only"], marks=pytest.mark.slow
+        ),
         ["--sparsity.dynamic.block", "[3, 3]", "--sparsity.dynamic.layers", "['*.kernels.*']"],
         [
             "--sparsity.dynamic.block",

@@ -1,8 +1,10 @@
+import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import torch
 from tests.data.test_sources import GOOD, encoded, fill
 from tests.engine.tiny import array_source
+from tests.sessions import in_new_session
+from torch.utils.data._utils import signal_handling
 
 from widekernel.data import (
     AugmentConfig,
@@ -249,43 +253,38 @@ if __name__ == "__main__":
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, **options)
 
 
+def batches_of_two_workers():
+    return training_loader(array_source(64), workers=2).epoch(0)
+
+
 @pytest.mark.slow  # tests/engine/test_interrupts.py sends more signals
-@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="process groups of POSIX")
 def test_workers_survive_signals_to_the_process_group():
-    result = run_script(
-        """
+    def load():
+        batches = batches_of_two_workers()
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         next(batches)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.killpg(0, number)
             time.sleep(0.1)
-        print(len(list(batches)), flush=True)
-        del batches
-        """,
-        start_new_session=True,
-    )
-    assert (result.stdout, result.returncode) == ("15\n", 0), result.stderr
+        return f"{len(list(batches))} batches"
+
+    assert in_new_session(load) == ("15 batches", 0)
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="masks of POSIX")
-@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_workers_survive_signals_while_they_start(number):
-    result = run_script(
-        f"""
-        import threading
-        from torch.utils.data._utils import signal_handling
-
-        started = signal_handling._set_worker_signal_handlers
+    def load():
+        started, said = signal_handling._set_worker_signal_handlers, []
         signal_handling._set_worker_signal_handlers = lambda: (time.sleep(1), started())
-        signal.signal(signal.{number}, lambda *_: print("signaled", flush=True))
-        threading.Timer(0.4, os.killpg, (0, signal.{number})).start()
-        print(len(list(batches)), flush=True)
-        del batches
-        """,
-        start_new_session=True,
-    )
-    assert (result.stdout, result.returncode) == ("signaled\n16\n", 0), result.stderr
+        signal.signal(number, lambda *_: said.append("signaled"))
+        threading.Timer(0.4, os.killpg, (0, number)).start()
+        said.append(f"{len(list(batches_of_two_workers()))} batches")
+        return ", ".join(said)
+
+    assert in_new_session(load) == ("signaled, 16 batches", 0)
 
 
 class SlowToArrive:

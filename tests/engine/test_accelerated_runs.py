@@ -131,9 +131,8 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _without_curves_and_earlier_measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _without_earlier_measurements() -> Iterator[None]:
     timing.forget()
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
     yield
     timing.forget()
 

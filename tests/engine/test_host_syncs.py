@@ -113,8 +113,7 @@ def trainer_of(folder: Path, optimizer: OptimizerConfig, log_every: int, **chang
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trainers use fused optimizers on the CPU, and draw no curves."""
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
+    """Let trainers use fused optimizers on the CPU."""
     monkeypatch.setattr(
         components_module, "create_optimizer", lambda trained, config, fused: create_optimizer(trained, config, fused=True)
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+from tests.sessions import in_new_session
 
+from widekernel.data.worker_signals import IgnoreGroupSignals, SignalSafeLoader
 from widekernel.engine.interrupts import Interrupted, InterruptGuard, stop_signals
 
 ALWAYS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
@@ -96,29 +97,22 @@ def test_another_thread_changes_no_handlers() -> None:
     assert seen == [(True, None)]
 
 
-WORKERS = """
-import os, signal, time
-from widekernel.data.worker_signals import IgnoreGroupSignals, SignalSafeLoader
-
-loader = SignalSafeLoader(list(range(64)), batch_size=4, num_workers=2, worker_init_fn=IgnoreGroupSignals())
-batches = iter(loader)
-next(batches)
-numbers = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-for number in numbers:  # now that the workers live, so that they do not inherit the handlers
-    signal.signal(number, lambda *_: None)
-for number in numbers:
-    os.killpg(0, number)
-    time.sleep(0.05)
-print(len(list(batches)), flush=True)
-del batches
-"""
+def load_under_signals() -> str:
+    loader = SignalSafeLoader(list(range(64)), batch_size=4, num_workers=2, worker_init_fn=IgnoreGroupSignals())
+    batches = iter(loader)
+    next(batches)
+    numbers = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    for number in numbers:  # now that the workers live, so that they do not inherit the handlers
+        signal.signal(number, lambda *_: None)
+    for number in numbers:
+        os.killpg(0, number)
+        time.sleep(0.05)
+    return f"{len(list(batches))} batches"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="process groups of POSIX")
 def test_loading_workers_survive_the_signals_that_clusters_send_to_all_processes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=60, check=False, start_new_session=True
-    )
-    assert (done.stdout, done.returncode) == ("15\n", 0), done.stderr
+    assert in_new_session(load_under_signals) == ("15 batches", 0)
 
 
 def test_the_exception_names_the_signal() -> None:

@@ -41,11 +41,6 @@ STEPS = 12
 EVERY_STEP, NEVER = LoopConfig(batch_size=6, micro_batch=2, log_every=1, device="cpu"), 1000
 
 
-@pytest.fixture(autouse=True)
-def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)  # takes longer than the training
-
-
 def trainer_of(folder: Path, record: Record | None = None, **changes: Any) -> Trainer:
     """Return a trainer of 12 steps, which evaluates only at the end, and by default saves every three steps."""
     settings = {

@@ -92,8 +92,7 @@ class Layered(TinyNet):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_every_step_of_a_run_that_is_resumed_twice(warmup: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
+def test_every_step_of_a_run_that_is_resumed_twice(warmup: bool, tmp_path: Path) -> None:
     parts = []
     for killed_at in (9, 8, None):  # after steps 9 and 16; it goes on from the states after 8 and 12
         trainer, observed = trainer_of(tmp_path, warmup, killed_at)

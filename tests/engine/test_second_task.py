@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests import pictures
 from tests.engine.sequences import FindEnds, make_track_trainer
 from tests.engine.test_resume import KillAt, Killed
 from tests.engine.tiny import states_equal, without_timings
@@ -28,7 +29,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, str]:
     text = io.StringIO()
     with ConsoleReporter(Console(file=text, width=200), clock=iter(range(0, 10**6, 20)).__next__) as reporter:
         trainer = make_track_trainer(tmp_path_factory.mktemp("tracks"), reporter=reporter, damaged=(7,))
-        trainer.run()
+        with pictures.drawn():
+            trainer.run()
     return trainer, text.getvalue()
 
 

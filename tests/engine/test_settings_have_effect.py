@@ -32,11 +32,6 @@ def trainer_of(folder: Path, model: nn.Module | None = None, **loop: Any) -> Tra
     return make_trainer(config, source=array_source(18), model=model)
 
 
-@pytest.fixture(autouse=True)
-def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
-
-
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_precision_and_layout_inside_the_network(

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tests import pictures
 
 from widekernel.cli import main as command_line
 from widekernel.engine import distributed, loop, state_file
@@ -239,7 +240,7 @@ def run_command(arguments: list[str], folder: Path, strike: Strike | None, limit
         _open_streams()
         _reset_signals()
         stand_in = SimpleNamespace(Popen=ForkedChild, PIPE=-1, DEVNULL=-3)
-        with mock.patch.object(local, "subprocess", stand_in):
+        with pictures.stand_ins(), mock.patch.object(local, "subprocess", stand_in):
             leave(lambda: command_line.main(["train", *arguments]))
     started = time.monotonic()
     struck = strike is not None and _strike(launcher, folder, strike, limit_s)

@@ -217,7 +217,7 @@ def bomb() -> bytes:
     return zipped(pickled(wrapped(1)), zipfile.ZIP_DEFLATED, **{"data/1": bytes(3 * 10**8)})
 
 
-def hostile(canary: str) -> dict[str, bytes]:
+def hostile(canary: str, large: Callable[[], bytes] = bomb) -> dict[str, bytes]:
     """Return files that must not run anything, take long or take much memory."""
     storage = ("storage", torch.FloatStorage, "0", "cpu", 16)
 
@@ -251,7 +251,7 @@ def hostile(canary: str) -> dict[str, bytes]:
         "a tensor that is larger than its storage": tensor((17,), (1,)),
         "a buffer of 1e12 bytes": zipped(pickled(wrapped(Call("builtins", "bytearray", 10**12)))),
         "a storage made of a number": zipped(pickled(wrapped(Call("torch.storage", "UntypedStorage", 10**12)))),
-        "a bomb": bomb(),
+        "a bomb": large(),
         "a code archive": zipped(pickled(wrapped(1)), **{"constants.pkl": pickled(())}),
         "a tar file": tar.getvalue(),
         "3000 nested lists": zipped(b"\x80\x02" + deep + b"."),
@@ -267,7 +267,7 @@ def hostile(canary: str) -> dict[str, bytes]:
     }
 
 
-NAMES = list(hostile("canary"))
+NAMES = list(hostile("canary", bytes))  # compressing a large file takes a second
 
 
 @pytest.fixture(scope="module")

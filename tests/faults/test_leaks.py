@@ -41,7 +41,6 @@ def check_counts(found: list[list[int]]) -> None:
 
 @linux
 def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("widekernel.engine.loop.save_curves", lambda *_: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     found = run(tmp_path / "run", 100, workers=0)

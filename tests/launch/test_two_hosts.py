@@ -105,6 +105,7 @@ def finish(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list
     return outputs
 
 
+@pytest.mark.dist
 def test_two_hosts_exchange_values(hosts: Hosts) -> None:
     done = [hosts.start(rank, sys.executable, "-c", EXCHANGE) for rank in (0, 1)]
     # PyTorch may warn before that a host has no name.

@@ -14,7 +14,15 @@ from torch import nn
 
 from tests.models.zoo import NANO, SMALL, alive, assert_near, assert_same_state, create, images, snapshot
 
-every_small_model = pytest.mark.parametrize("name", SMALL)
+# The steps of the roadmap have the same parts in other combinations: every fourth is short.
+_ROADMAP = [name for name in SMALL if name.startswith("roadmap_") and name.endswith("_small")]
+every_small_model = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in _ROADMAP and _ROADMAP.index(name) % 4 else [])
+        for name in SMALL
+    ],
+)
 every_family = pytest.mark.parametrize("name", NANO)
 
 

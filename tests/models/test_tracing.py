@@ -8,15 +8,17 @@ from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 
 from tests.models.zoo import ALIKE, NANO, SMALL, alive, assert_near, every_family_once, images
 
-# The steps of the roadmap have the same parts in other combinations: every fourth is short.
+# The steps of the roadmap have the same parts in other combinations: every eighth is short.
 ROADMAP = [name for name in SMALL if name.startswith("roadmap_") and name.endswith("_small")]
-SHORT = [name for name in SMALL if name not in ROADMAP] + ROADMAP[::4]
+SHORT = [name for name in SMALL if name not in ROADMAP] + ROADMAP[::8]
 every_small_model = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.slow]) for name in SMALL],
 )
 # What compiles them has been seen in other networks: plain blocks, and the sources of kernels.
 ALSO_ALIKE = (*ALIKE, "convnext_isotropic_nano", "slak_pw_nano")
+SEEN = "slak_nano"
+"""The network that is compiled with more than its graph, and therefore not by its graph alone."""
 most_families_once = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALSO_ALIKE else []) for name in NANO]
 )
@@ -53,8 +55,8 @@ def test_traced_backward(name: str) -> None:
     ("name", "backend"),
     [
         # The graph is what differs between families; what the backend does with it is seen in one of them, and in training.
-        *[pytest.param(name, "eager", marks=[pytest.mark.slow] if name in ALSO_ALIKE else []) for name in NANO],
-        *[pytest.param(name, "aot_eager", marks=[] if name == "slak_nano" else [pytest.mark.slow]) for name in NANO],
+        *[pytest.param(name, "eager", marks=[pytest.mark.slow] if name in (*ALSO_ALIKE, SEEN) else []) for name in NANO],
+        *[pytest.param(name, "aot_eager", marks=[] if name == SEEN else [pytest.mark.slow]) for name in NANO],
     ],
 )
 def test_compiled_without_a_graph_break(name: str, backend: str) -> None:

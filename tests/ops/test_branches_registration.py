@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.native import NATIVE
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, registered, several
 from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
-from tests.ops.test_registration import AMBIGUOUS
+from tests.ops.test_registration import AMBIGUOUS, CHECKED
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.ops import registration
@@ -77,8 +77,7 @@ def test_meta_tensors() -> None:
 
 
 @BACKENDS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("name", ["crossed-strips", "far-anchor-larger-than-image", "one-channel"])
+@pytest.mark.parametrize(("name", "layout"), CHECKED)
 def test_opcheck(name: str, layout: str, backend: str) -> None:
     case = several(next(case for case in CASES if case.name == name))
     x, kernels, _ = case.tensors(torch.float32)

@@ -28,6 +28,14 @@ BACKENDS = pytest.mark.parametrize(
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
+# All cases in one layout, and one of them in the other.
+CHECKED = [
+    pytest.param(name, layout, marks=[pytest.mark.slow] if number and layout == "contiguous" else [])
+    for number, name in enumerate(["crossed-strips", "far-anchor-larger-than-image", "one-channel"])
+    for layout in ("contiguous", "channels_last")
+]
+
+
 def ambiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(shape, strides).normal_()
 
@@ -105,8 +113,7 @@ def test_meta_tensors() -> None:
 
 
 @BACKENDS
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("name", ["crossed-strips", "far-anchor-larger-than-image", "one-channel"])
+@pytest.mark.parametrize(("name", "layout"), CHECKED)
 def test_opcheck_of_the_sum(name: str, layout: str, backend: str) -> None:
     case = next(case for case in CASES if case.name == name)
     x, kernels, bias = case.tensors(torch.float32)

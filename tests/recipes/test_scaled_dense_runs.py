@@ -13,20 +13,12 @@ from tests.tasks.dense_settings import write_scenes
 from widekernel.cli.train import parse_config
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.recipes import list_recipes, load_recipe
-from widekernel.sparsity import SparsityReport, load_masks
+from widekernel.sparsity import load_masks
 from widekernel.tasks.registry import task_entry
 
 DENSE = [name for name in list_recipes() if load_recipe(name).task != "classification"]
 SAMPLE = ["slak_tiny_ade20k_160k_512", "replknet_31b_coco_24e_800_fcos"]
 """Recipes that run in the short form of the tests."""
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, which would take most of the time."""
-    for module in ("engine.loop", "tasks.results"):
-        monkeypatch.setattr(f"widekernel.{module}.save_curves", lambda *_: None)
-    monkeypatch.setattr(SparsityReport, "picture", lambda self: b"")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from widekernel.cli.main import main
 from widekernel.cli.train import parse_config
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.recipes import list_recipes, load_recipe
-from widekernel.sparsity import SparsityReport, load_masks
+from widekernel.sparsity import load_masks
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.classification.run import train
@@ -49,14 +49,6 @@ TRAINED = [
     and recipe.task == FIRST_TASK
 ]
 BASELINES = [name for name in list_recipes() if load_recipe(name).command == "sparsify"]
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing, which would take most of the time."""
-    for module in ("engine.loop", "tasks.results"):
-        monkeypatch.setattr(f"widekernel.{module}.save_curves", lambda *_: None)
-    monkeypatch.setattr(SparsityReport, "picture", lambda self: b"")
 
 
 @pytest.fixture(scope="module")

@@ -142,13 +142,13 @@ def test_a_checkpoint_of_other_classes_gets_one_message(
 ) -> None:
     from widekernel.tasks.assembly import build_model
 
-    state = build_model("slak_tiny", 3, {}).state_dict()
+    state = build_model("slak_nano", 3, {}).state_dict()
     torch.save(state, tmp_path / "three.pth")
     torch.save({key: value for key, value in state.items() if not key.startswith("head.fc")}, tmp_path / "none.pth")
-    assert main(["complexity", str(tmp_path / "three.pth"), "--model", "slak_tiny"]) == 2
+    assert main(["complexity", str(tmp_path / "three.pth"), "--model", "slak_nano"]) == 2
     told = capsys.readouterr().err
     assert "Add --num_classes 3." in told and told.count("three.pth") == 1
-    assert main(["complexity", str(tmp_path / "none.pth"), "--model", "slak_tiny"]) == 0
+    assert main(["complexity", str(tmp_path / "none.pth"), "--model", "slak_nano"]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "holds no classifier" in told and "num_classes" not in told
     assert not [warning for warning in recwarn if "untrained" in str(warning.message)]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from tests.native import thread_count
 from tests.transforms.acceleration import replace_measurement
 from widekernel.ops.cpu.sequence import Sequence
 from widekernel.ops.depthwise_conv_reference import depthwise_conv
@@ -37,7 +39,14 @@ def reference_of(weights: BlockWeights | DepthwiseWeights, precision: str = "flo
 
 
 @pytest.fixture
-def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_threads() -> Iterator[None]:
+    """Let blocks and chains of native calls compute with two threads, or more."""
+    with thread_count(max(2, torch.get_num_threads())):
+        yield
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch, several_threads: None) -> None:
     """Without the native library, blocks are computed by their definition."""
     if packing.missing() is not None:
         monkeypatch.setattr(fused, "missing", lambda _="": None)
@@ -45,7 +54,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def packs_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+def packs_lower(monkeypatch: pytest.MonkeyPatch, several_threads: None) -> None:
     """Without native products in a lower precision, blocks are computed by their definition."""
     if packing.missing("bfloat16") is not None or packing.missing("int8") is not None:
         for module in (fused, swapping):
@@ -54,7 +63,7 @@ def packs_lower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def replayed(monkeypatch: pytest.MonkeyPatch, several_threads: None) -> list[int]:
     """Return a list of the number of native calls of every sequence that runs."""
     counts: list[int] = []
     original = Sequence.__call__

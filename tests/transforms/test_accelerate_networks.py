@@ -95,7 +95,7 @@ def test_state_dicts_load_both_ways(always_faster: list[Any]) -> None:
     assert_close(fast(x), plain(x))
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", [pytest.param("convnext_atto", marks=pytest.mark.slow), "mobilenetv3_small_050"])
 def test_training_with_an_optimizer_built_before(name: str, always_faster: list[Any]) -> None:
     plain = network(name)
     fast = copy.deepcopy(plain)
@@ -179,7 +179,7 @@ def test_compiles_a_network(always_faster: list[Any]) -> None:
         assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["convnext_atto", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)])
 def test_exports(name: str, always_faster: list[Any]) -> None:
     model, x = network(name).eval(), pictures(name)
     accelerate(model, x)

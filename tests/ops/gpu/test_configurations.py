@@ -136,14 +136,16 @@ def test_gaps_between_rows_are_free() -> None:
 
 
 EXTENTS = [1, 2, 3, 4, 5, 8, 9, 16, 130]
+FEW_EXTENTS = [1, 2, 5, 16, 130]
 
 
+@pytest.mark.parametrize("extents", [FEW_EXTENTS, pytest.param(EXTENTS, marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", [SUM, BRANCHES, WEIGHT_GRAD])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (9, 9), (75, 75), (1, 75), (75, 1)], ids=lambda k: f"{k[0]}x{k[1]}")
-def test_images_of_a_few_rows_or_columns(kernel: tuple[int, int], op: str, channels_last: bool) -> None:
-    for height in EXTENTS:
-        for width in EXTENTS if height < 130 else EXTENTS[:-1]:
+def test_images_of_a_few_rows_or_columns(kernel: tuple[int, int], op: str, channels_last: bool, extents: list[int]) -> None:
+    for height in extents:
+        for width in extents if height < 130 else extents[:-1]:
             of = problem(kernel, op=op, shape=(2, 3, height, width), channels_last=channels_last)
             for name in ("sm_86", "sm_90"):
                 assert config_choice.ranked_configs(of, CHIPS[name]), f"no configuration for {of} on {name}"

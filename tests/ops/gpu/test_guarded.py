@@ -24,7 +24,7 @@ def check(guard: Guard, kind: Kind, dtype: torch.dtype, number: int, accesses: i
     assert guard.launches > 0
 
 
-@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("number", [FEW[0], *(pytest.param(number, marks=pytest.mark.slow) for number in FEW[1:])])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_random_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: int) -> None:

@@ -58,8 +58,15 @@ def test_values_and_gradients(case: Case, layout: torch.memory_format) -> None:
 
 
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", [CROSS, SMALL], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, marks=[] if at == number else [pytest.mark.slow])
+        for at, case in enumerate([CROSS, SMALL])
+        for number, dtype in enumerate(DTYPES[1:])
+    ],
+    ids=str,
+)
 def test_values_and_gradients_in_short_types(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
     check(case, dtype, layout)
 

@@ -95,11 +95,8 @@ def check(job: Job, kernels: list[Compiled]) -> None:
     assert set(kernels[-1].products) == (set() if by_multiply_adds else {"mma.sync"}), (job, kernels[-1])
 
 
-FIRST, *REST = OTHERS
-
-
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("chip", [FIRST, *(pytest.param(chip, marks=pytest.mark.slow) for chip in REST)])
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=pytest.mark.slow) for chip in OTHERS])
 def test_choices_for_some_problems(chip: str) -> None:
     jobs = chosen(SOME[chip], chip)
     for job, kernels in zip(jobs, compile_all(jobs), strict=True):

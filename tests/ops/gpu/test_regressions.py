@@ -33,7 +33,11 @@ def check_grad(x: Tensor, grad: Tensor, config: KernelConfig, size: tuple[int, i
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     "config",
-    [FlatGrad(4, 2, pixels=32, images=16), ToeplitzGrad(4, 3, 4, 16, 16, 16), DirectNhwcGrad(4, 1, columns=4, channels=4)],
+    [
+        FlatGrad(4, 2, pixels=32, images=16),
+        ToeplitzGrad(4, 3, 4, 16, 16, 16),
+        pytest.param(DirectNhwcGrad(4, 1, columns=4, channels=4), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_no_image_is_counted_twice_where_programs_share_the_sum(config: KernelConfig) -> None:

@@ -396,6 +396,7 @@ def test_published_rule_removes_masks_that_are_almost_dense() -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_report_lists_every_parameter_and_the_churn() -> None:
     model, optimizer, controller = controlled(quick(growth="gradient", init="snip", exclude="head.*"))
     waiting = SparsityReport(controller.snapshot())
@@ -417,6 +418,7 @@ def test_the_report_lists_every_parameter_and_the_churn() -> None:
     assert report.picture().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_networks_without_live_weights_are_plotted() -> None:
     model = small_net()
     masks = {"fc.weight": torch.zeros(12, 8, dtype=torch.bool)}

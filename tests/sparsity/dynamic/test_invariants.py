@@ -138,7 +138,7 @@ def gradual(config: DynamicSparsityConfig) -> bool:
     return config.initial_sparsity is not None and math.floor(config.stop_step / config.update_interval) > 0
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config=configs(), optimizer=st.sampled_from(sorted(OPTIMIZERS)))
 def test_invariants(config: DynamicSparsityConfig, optimizer: str) -> None:
     run(config, optimizer)

@@ -55,6 +55,7 @@ RESUMED = [
 
 EVERY = range(31)
 SOME = (0, 1, 2, 3, 4, 11, 12, 13, 20, 28, 29, 30)  # before, at and after updates
+FEW = (2, 3, 4, 20, 30)
 CASES = [
     pytest.param(
         settings,
@@ -65,7 +66,7 @@ CASES = [
     )
     for number, settings in enumerate(RESUMED)
     for accumulate in (1, 3)
-    for cuts in (SOME, EVERY)
+    for cuts in (FEW if number else SOME, EVERY)
 ]
 
 
