@@ -70,7 +70,7 @@ class DepthwiseConv {
         const int64_t pieces = call.images * groups_;
         bands_ = threads_ == 1 ? 1 : least(call.height, ceil_div(4 * threads_, pieces));
         // The columns of outputs for which all taps lie on pixels.
-        const int64_t room = call.x_width + patch_.left - patch_.columns;
+        const int64_t room = int64_t{call.x_width} + patch_.left - patch_.columns;
         inner_ = least(call.width, ceil_div(patch_.left, patch_.column_stride));
         outer_ = most(inner_, least(call.width, room < 0 ? 0 : room / patch_.column_stride + 1));
     }

@@ -154,3 +154,34 @@ def test_a_block_that_gains_nothing_alone_is_fused_to_complete_a_chain(monkeypat
     assert {row.name: row.reason for row in report.fused} == {"0.0": "", "0.1": "a part of a chain"}
     # Alone it would gain nothing.
     assert {row.name: row.after for row in report.blocks}["2.0"] is None
+    # A member that is planned again completes the chain again. The others are fused already and not timed.
+    slow = 1.04
+    changed: Any = model[0][1]
+    changed.act = nn.GELU()
+    with torch.no_grad():
+        _, report = accelerate(model, image())
+        assert {row.name: row.reason for row in report.blocks if row.name == "0.1"} == {"0.1": "a part of a chain"}
+        assert report.chains == ("0",)
+        assert model[0].reasons_against(image()) == []
+
+
+@needs_library
+def test_no_block_is_fused_for_a_chain_that_another_member_prevents(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Conv2d(20, 40, 1), nn.GELU(), nn.Conv2d(40, 20, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(x)
+
+    def compare(block: nn.Module, *_: Any) -> Timing:
+        # The whole member gains nothing, so that what is within it is fused instead.
+        return Timing(1.0, 0.5 if isinstance(block, nn.Sequential) else 1.02)
+
+    monkeypatch.setattr(timing, "compare_block", compare)
+    model = randomized(nn.Sequential(nn.Sequential(Layer(), Residual(), Layer())))
+    with torch.no_grad():
+        _, report = accelerate(model, image())
+    assert report.chains == ()
+    assert [row.name for row in report.fused] == ["0.1.mlp"]

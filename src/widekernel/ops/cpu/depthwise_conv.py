@@ -35,8 +35,8 @@ class PackedDepthwiseConv:
         relu: whether to apply ReLU.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, strides below 1 and
-            paddings below 0, or if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, strides below 1,
+            paddings below 0 and either above 65,535, or if the native library cannot run.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, patch: Patch, relu: bool = False) -> None:
@@ -49,8 +49,8 @@ class PackedDepthwiseConv:
             raise ArgumentError(
                 f"weight has the shape {tuple(weight.shape)}, but must be (channels, 1, {rows}, {columns}), none of them 0"
             )
-        if min(patch.stride) < 1 or min(patch.padding) < 0:
-            raise ArgumentError(f"patch is {patch}, but strides must be at least 1 and paddings at least 0")
+        if not all(1 <= step <= _MOST for step in patch.stride) or not all(0 <= pad <= _MOST for pad in patch.padding):
+            raise ArgumentError(f"patch is {patch}, but strides must be 1 to {_MOST}, and paddings 0 to {_MOST}")
         self.channels, self.patch, self.relu = weight.shape[0], patch, relu
         bias = checked_vector("bias", bias, self.channels)
         self._weight = weight.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -66,7 +66,7 @@ class PackedDepthwiseConv:
             x: (N, C, H, W), float32 on a CPU.
 
         Returns:
-            (N, C, H', W') in the layout of `x`, without gradients.
+            (N, C, H', W'), without gradients; channels_last if the channels of `x` are adjacent.
 
         Raises:
             ArgumentError: for another shape, type or device, for images that are smaller than the kernel, or if gradients
@@ -75,7 +75,9 @@ class PackedDepthwiseConv:
         call = self._prepared.get((x.shape, x.stride(), torch.get_num_threads()))
         if call is None or x.dtype is not torch.float32 or not x.is_cpu or x.is_neg() or x.requires_grad:
             x = self._checked(x)
-            if x.numel() == 0 or not (x.stride(1) == 1 or self.channels == 1):
+            # PyTorch regards images that are also contiguous, such as those of one pixel, as contiguous.
+            adjoin = self.channels == 1 or (x.stride(1) == 1 and not x.is_contiguous())
+            if x.numel() == 0 or not adjoin:
                 with torch.no_grad():
                     y = F.conv2d(x, self._weight, self._bias, self.patch.stride, self.patch.padding, 1, self.channels)
                     return y.relu_() if self.relu else y
@@ -103,7 +105,8 @@ class PackedDepthwiseConv:
     def _checked(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.channels or min(self.patch.size(*x.shape[2:])) < 1:
             raise ArgumentError(
-                f"x has the shape {tuple(x.shape)}, but must be (N, {self.channels}, H, W), and fit {self.patch}"
+                f"x has the shape {tuple(x.shape)}, but must be (N, {self.channels}, H, W) and, with the padding on "
+                f"both sides, at least as large as the kernel: {self.patch}"
             )
         require_floats("x", x)
         require_no_gradients("x", x)
@@ -126,5 +129,7 @@ class PackedDepthwiseConv:
         return found
 
 
+_MOST = 2**16 - 1
+"""Largest stride and padding."""
 _MOST_PREPARED = 256
 """Number of shapes whose descriptions a convolution keeps."""

@@ -28,7 +28,7 @@ def require_no_gradients(name: str, tensor: Tensor) -> None:
         ArgumentError: which names the tensor.
     """
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()")
+        raise ArgumentError(f"{name} requires gradients, which packed weights do not have; use torch.no_grad()")
 
 
 def require_floats(name: str, tensor: Tensor) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.transforms.acceleration import timing
-from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion import FusedBlock, FusedChain, fuse
 from widekernel.transforms.acceleration.fusion.calls import reasons_against_call
+from widekernel.transforms.acceleration.fusion.chains import plan_of
 from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.fused import (
     compared,
@@ -25,6 +26,9 @@ from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan
 from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, unmeasurable
 from widekernel.transforms.acceleration.report import LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
+
+PART_OF_CHAIN = "a part of a chain"
+"""The reason for fusing a block that gains nothing alone."""
 
 
 class BlockTrial(NamedTuple):
@@ -83,22 +87,35 @@ def _with_chains_completed(blocks: list[nn.Module], trials: list[BlockTrial], ta
     by_block = {trial.block: trial for trial in trials}
     for container in blocks:
         members = [by_block.get(block) for block in container.children()]
-        if type(container) is not nn.Sequential or len(members) < 2 or not any(trial and trial.spare for trial in members):
+        if type(container) not in (nn.Sequential, FusedChain) or len(members) < 2:
             continue
-        plans = [trial and (trial.plan or trial.spare) for trial in members]
-        if not all(plan is not None and plan.is_replayable for plan in plans):
+        if not all(trial is not None and _fits_into_chain(trial) for trial in members):
             continue
         present = [trial for trial in members if trial is not None]
-        times = [(trial.row.milliseconds_before or 0.0, trial.row.milliseconds_after or 0.0) for trial in present]
-        if sum(after for _, after in times) >= timing.LEAST_GAIN * sum(map(min, times)):
+        spares = [(trial, trial.spare) for trial in present if trial.spare is not None]
+        layers = [layer for _, spare in spares for layer in spare.layers]
+        # All or none: some of them alone would only be slower.
+        if not taken.isdisjoint(layers) or len(set(layers)) < len(layers):
             continue
-        for trial in present:
-            if trial.spare is not None and taken.isdisjoint(trial.spare.layers):
-                after = fused_class(type(trial.block), trial.spare.precision).__name__
-                row = replace(trial.row, after=after, reason="a part of a chain")
-                by_block[trial.block] = BlockTrial(trial.block, row, trial.spare)
-                taken |= set(trial.spare.layers)
+        # Members that are fused already have no times.
+        times = [(trial.row.milliseconds_before or 0.0, trial.row.milliseconds_after or 0.0) for trial in present]
+        if not spares or sum(after for _, after in times) >= timing.LEAST_GAIN * sum(map(min, times)):
+            continue
+        for trial, spare in spares:
+            after = fused_class(type(trial.block), spare.precision).__name__
+            row = replace(trial.row, after=after, reason=PART_OF_CHAIN)
+            by_block[trial.block] = BlockTrial(trial.block, row, spare)
+        taken |= set(layers)
     return [by_block[trial.block] for trial in trials]
+
+
+def _fits_into_chain(trial: BlockTrial) -> bool:
+    """Return whether native calls alone compute the block, or would if it were fused."""
+    if isinstance(trial.block, FusedBlock):
+        found = plan_of(trial.block)
+        return found is not None and found.is_replayable and found.guards.hold()
+    plan = trial.plan or trial.spare
+    return plan is not None and plan.is_replayable
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ class _Chain:
 
     def _present(self) -> _Members | None:
         """Return the present members; None if there are none, or one cannot be replayed."""
-        plans = tuple([_plan_of(block) for block in self.container._modules.values()])
+        plans = tuple([plan_of(block) for block in self.container._modules.values()])
         members = self._members
         if members is not None and len(plans) == len(members.plans) and all(map(is_, plans, members.plans)):
             return members
@@ -197,14 +197,15 @@ def _state_of(container: FusedChain) -> _Chain:
     return state  # type: ignore[no-any-return]
 
 
-def _plan_of(block: nn.Module) -> Plan | None:
+def plan_of(block: nn.Module) -> Plan | None:
+    """Return the plan of a fused block; None for another module, and for a copy that has not been called yet."""
     state = vars(block).get(STATE)
     # A shallow copy of a block has the state of the original.
     return None if state is None or state.block is not block else state.plan
 
 
 def _reasons_of_member(block: nn.Module) -> Iterator[str]:
-    plan = _plan_of(block)
+    plan = plan_of(block)
     if plan is None:
         yield "it is not a fused block, or it is a copy that has not been called yet"
     elif not plan.is_replayable:

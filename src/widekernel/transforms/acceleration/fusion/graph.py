@@ -84,7 +84,7 @@ def is_product(module: nn.Module) -> bool:
 
 
 def is_small_depthwise(module: nn.Module) -> bool:
-    """Return whether `module` is a depthwise convolution of few taps; `ops.depthwise_sum` computes larger ones faster."""
+    """Return whether `module` is a depthwise convolution of few taps; for more taps, other kernels are faster."""
     patch, layer = patch_of(module), cast(Any, module)
     if patch is None or layer.groups == 1:
         return False
@@ -108,7 +108,7 @@ def has_layers(module: nn.Module, levels: int = _LEVELS) -> bool:
 
 
 def may_own(module: nn.Module) -> bool:
-    """Return whether `module` could be a block whose parts are fused: it is close to some product."""
+    """Return whether `module` could be a block whose parts are fused: a product or a small depthwise convolution is near."""
     return any(starts_region(child) or has_layers(child) for child in module.children())
 
 
