@@ -47,9 +47,9 @@ def accelerate(
       `PointwiseConv2d` (computed as matrix products) or, in training, `PointwiseGradConv2d` (our kernels compute the weight
       gradient), and `nn.BatchNorm2d` in training become `NativeBatchNorm2d` (our kernels compute it), if measurements show
       that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
-    * On the CPU, blocks become fused blocks if that is faster, or completes a chain and costs less than 5 %: in inference, one
-      native call computes norm, pointwise layer, activation, second pointwise layer, layer scale and residual, or what there
-      is of them. They are found in the graph of the block, and compared with its code. If they do not apply, its code runs.
+    * On the CPU, blocks become fused blocks if that is faster, or completes a chain and costs less than 5 %: in inference,
+      one native call computes norm, pointwise layer, activation, second pointwise layer, layer scale and residual, or what
+      there is of them. They are found in the block's graph, and compared with its code. If they do not apply, its code runs.
 
     A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
     object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
