@@ -98,7 +98,7 @@ def test_former_weights_are_released() -> None:
     with torch.no_grad():
         for block in model:
             x = block(x)
-    held = [weakref.ref(packed) for block in model for packed in chains._plan_of(block).current().values()]
+    held = [weakref.ref(packed) for block in model for packed in chains.plan_of(block).current().values()]
     assert len(held) == 3
     with torch.no_grad():
         for parameter in model.parameters():
