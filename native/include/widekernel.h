@@ -248,8 +248,8 @@ typedef struct {
     int64_t base, offset;
 } wk_place;
 
-// One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum`, `wk_gate` or `wk_depthwise_conv`. `packed`, `factors` and
-// `residual` belong to products; `taps`, `scale`, `shift`, `relu` and `partial` to depthwise sums.
+// One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum`, `wk_gate` or `wk_depthwise_conv`.
+// `packed`, `factors` and `residual` belong to products; `taps`, `scale`, `shift`, `relu` and `partial` to depthwise sums.
 typedef struct {
     int32_t kind, relu;
     const void *call;

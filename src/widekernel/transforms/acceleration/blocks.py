@@ -27,9 +27,6 @@ from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, un
 from widekernel.transforms.acceleration.report import LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
-PART_OF_CHAIN = "a part of a chain"
-"""The reason for fusing a block that gains nothing alone."""
-
 
 class BlockTrial(NamedTuple):
     """The decision on one block.
@@ -103,7 +100,7 @@ def _with_chains_completed(blocks: list[nn.Module], trials: list[BlockTrial], ta
             continue
         for trial, spare in spares:
             after = fused_class(type(trial.block), spare.precision).__name__
-            row = replace(trial.row, after=after, reason=PART_OF_CHAIN)
+            row = replace(trial.row, after=after, reason="a part of a chain")
             by_block[trial.block] = BlockTrial(trial.block, row, spare)
         taken |= set(layers)
     return [by_block[trial.block] for trial in trials]
