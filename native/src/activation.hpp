@@ -8,7 +8,7 @@
 #pragma once
 
 #include "gelu_tables.hpp"
-#include "simd.hpp"
+#include "product.hpp"
 #include "widekernel.h"
 
 namespace wk {
@@ -30,8 +30,8 @@ constexpr Tail<10> TANH_TAIL{6.0f,
 constexpr float POWER_OF_TWO[] = {1.0f,           0.693147203f,   0.240226479f,  0.0555033247f,
                                   0.00961843736f, 0.00133988753f, 0.000153533633f};
 
-// Vectors that are computed in step: a single one is a chain of operations that wait for each other.
-constexpr int IN_STEP = 4;
+// Vectors that are computed in step: a single one is a chain of operations that wait for each other. All of a tile, if it is small.
+constexpr int IN_STEP = TILE_ROWS <= 6 ? TILE_ROWS : 4;
 
 template <int N, int DEGREE> WK_INLINE void polynomial(const float (&power)[DEGREE + 1], const Vec (&x)[N], Vec (&sum)[N]) {
     const Vec first = all(power[DEGREE]);

@@ -34,7 +34,7 @@ struct Fetcher {
 
 // `pixels` pixels in tiles, with `groups` vectors each.
 inline Stack carve_stack(Carver &carver, int64_t pixels, int64_t groups) {
-    return {carver.take<Vec>(pixels * groups), pixels, ceil_div(pixels, ceil_div(pixels, TILE_ROWS)), groups};
+    return {carver.take<Vec>(pixels * groups), pixels, groups, TILE_ROWS};
 }
 
 // Activations of several pixels. The inputs are factors of a product, hidden units only if there is a second one, outputs are not.
@@ -206,7 +206,7 @@ class Pointwise {
     void pack_tile(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
-        pack(task * all_.x.each, all_.x.only(task), Unrounded(carver, packed_, pixels_));
+        pack(all_.x.begin(task), all_.x.only(task), Unrounded(carver, packed_, pixels_));
     }
 
     // A part of a chunk of hidden units, for all pixels.
@@ -257,7 +257,7 @@ class Pointwise {
             scale_units(all_.unscaled.only(task), first_vector(chunk), chunk, all_.hidden.only(task), hidden_group(chunk));
     }
 
-    void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), task * all_.hidden.each); }
+    void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), all_.hidden.begin(task)); }
 
     // Among the hidden units of all chunks, the group with which a chunk begins; and among vectors of units in float32.
     int64_t hidden_group(int64_t chunk) const {

@@ -110,7 +110,7 @@ class RespondingPointwise : protected Pointwise {
     Stack part_of(Vec *all, int64_t part, int64_t groups) const {
         const int64_t begin = parting_.begin(part % parting_.parts), count = parting_.begin(part % parting_.parts + 1) - begin;
         const int64_t pixel = part / parting_.parts * parting_.pixels + begin;
-        return {all + pixel * groups, count, ceil_div(count, ceil_div(count, TILE_ROWS)), groups};
+        return {all + pixel * groups, count, groups, TILE_ROWS};
     }
     Stack hidden_of(int64_t part) const { return part_of(memory_.hidden, part, vectors_for(packed_.hidden)); }
     // Number of a part's first pixel among those of all images of the call.

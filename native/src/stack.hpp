@@ -57,15 +57,27 @@ template <int... I> WK_INLINE Vec even_lanes(const Vec &a, const Vec &b, std::in
     return __builtin_shufflevector(a, b, (2 * I)...);
 }
 
-// `count` pixels in tiles of at most `each`, the rows of products or their sums; see product.hpp for the order within a tile.
+// `count` pixels in tiles, the rows of products or their sums; see product.hpp for the order within a tile. Tiles differ by at most
+// one row, the larger ones first: a tile of one or two rows would wait for its sums and take almost as long as one of six.
 struct Stack {
     Vec *at;
-    int64_t count, each, groups;
+    int64_t count, groups, number, each, larger;  // `each` rows, and one more in the first `larger` of `number` tiles
 
-    int64_t tiles() const { return ceil_div(count, each); }
-    int64_t rows(int64_t tile) const { return least(each, count - tile * each); }
-    Vec *tile(int64_t index) const { return at + index * each * groups; }
-    Stack only(int64_t index) const { return {tile(index), rows(index), rows(index), groups}; }
+    Stack() = default;
+    Stack(Vec *first, int64_t pixels, int64_t groups_of_each, int64_t most_rows)
+        : at(first), count(pixels), groups(groups_of_each), number(ceil_div(pixels, most_rows)), each(pixels / most(number, 1)),
+          larger(pixels - each * number) {}
+
+    int64_t tiles() const { return number; }
+    int64_t rows(int64_t tile) const { return each + (tile < larger); }
+    // The first pixel of a tile.
+    int64_t begin(int64_t tile) const { return tile * each + least(tile, larger); }
+    Vec *tile(int64_t index) const { return at + begin(index) * groups; }
+    int64_t tile_of(int64_t pixel) const {
+        const int64_t small = pixel - larger * (each + 1);
+        return small < 0 ? pixel / (each + 1) : larger + small / each;
+    }
+    Stack only(int64_t index) const { return {tile(index), rows(index), groups, rows(index)}; }
 };
 
 // One pixel of a stack: group g is at[g * step].
@@ -75,8 +87,10 @@ struct Slot {
 
     Slot() = default;
     Slot(Vec *first, int64_t distance) : at(first), step(distance) {}
-    Slot(const Stack &stack, int64_t pixel)
-        : at(stack.tile(pixel / stack.each) + pixel % stack.each), step(stack.rows(pixel / stack.each)) {}
+    Slot(const Stack &stack, int64_t pixel) {
+        const int64_t tile = stack.tile_of(pixel);
+        at = stack.tile(tile) + pixel - stack.begin(tile), step = stack.rows(tile);
+    }
 };
 
 // Lanes below `count` are all ones.
