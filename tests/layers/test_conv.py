@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.layers.helpers import assert_close, image, randomized
-from widekernel import ops
+from widekernel import accelerate, fold, ops
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.affine import fold_affine, fold_input_affine
+from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.norms import affine_of
+from widekernel.layers.pointwise import reasons_against_pointwise
+from widekernel.ops.patch import Patch
+from widekernel.transforms.acceleration.fusion.graph import patch_of
 
 C = 4
 # Arguments beside channels and groups; the last entry tells whether the operator takes the layer.
@@ -299,3 +303,19 @@ def test_folding_draws_no_random_numbers_and_keeps_type_and_mode(fold) -> None:
     assert not new.training
     assert new.weight.requires_grad
     assert layer.bias is None
+
+
+@pytest.mark.parametrize("setting", [2, (2,), [2, 2]], ids=str)
+def test_settings_changed_after_construction(setting: Any) -> None:
+    """PyTorch computes with them, so the rules for convolutions must read them, too."""
+    layers = [nn.Conv2d(C, C, 3, padding=1, groups=C), nn.Conv2d(C, 2 * C, 3, padding=1), nn.Conv2d(2 * C, C, 1)]
+    theirs = nn.Sequential(*layers).eval()
+    for layer in layers:
+        layer.stride = setting
+    x = torch.randn(1, C, 24, 24)
+    with torch.inference_mode():
+        want = theirs(x)
+        assert_close(accelerate(fold(theirs), x)[0](x), want)
+    assert reasons_against_depthwise(layers[0]) == ["stride (2, 2) is not 1"]
+    assert reasons_against_pointwise(layers[2]) == ["stride (2, 2) is not 1"]
+    assert patch_of(layers[1]) == Patch((3, 3), (2, 2), (1, 1))

@@ -22,6 +22,7 @@ from widekernel.bench.tables import Column, significant
 from widekernel.bench.timing import SHORT, Stopwatch, WallClock
 from widekernel.bench.variants import with_visible_blocks
 from widekernel.layers import FoldedLargeKernel
+from widekernel.layers.sides import sides
 from widekernel.ops.cpu.depthwise_conv import PackedDepthwiseConv
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.ops.cpu.prepared import PreparedSum
@@ -245,8 +246,9 @@ def _flop_of_conv(conv: nn.Conv2d, image: Sequence[int], output: Tensor) -> floa
     """Return the operations of a convolution of an image of this height and width."""
     left, _, up, _ = conv._reversed_padding_repeated_twice
     taps, places = conv.weight.shape[1], output.shape[-2:]
+    strides, dilations = sides(conv.stride), sides(conv.dilation)
     for axis, (pad, extent, outputs) in enumerate(zip((up, left), image, places)):
-        taps *= _on_pixels(extent, outputs, conv.kernel_size[axis], conv.stride[axis], pad, conv.dilation[axis])
+        taps *= _on_pixels(extent, outputs, conv.kernel_size[axis], strides[axis], pad, dilations[axis])
     return 2.0 * output.numel() / math.prod(places) * taps
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers.rebuilding import layer_like
+from widekernel.layers.sides import sides
 
 
 @torch.no_grad()
@@ -53,4 +54,4 @@ def fold_input_affine(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor
 def _pads(conv: nn.Conv2d) -> bool:
     if isinstance(conv.padding, str):
         return conv.padding == "same" and any(size > 1 for size in conv.kernel_size)
-    return any(pad != 0 for pad in conv.padding)
+    return sides(conv.padding) != (0, 0)

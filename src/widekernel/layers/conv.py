@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
+from widekernel.layers.sides import sides
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -48,10 +49,10 @@ def reasons_against_depthwise(conv: nn.Conv2d) -> list[str]:
     reasons = []
     if not conv.in_channels == conv.out_channels == conv.groups:
         reasons.append(f"not depthwise: {conv.in_channels} -> {conv.out_channels} channels, {conv.groups} groups")
-    if tuple(conv.stride) != (1, 1):
-        reasons.append(f"stride {tuple(conv.stride)} is not 1")
-    if tuple(conv.dilation) != (1, 1):
-        reasons.append(f"dilation {tuple(conv.dilation)} is not 1")
+    if sides(conv.stride) != (1, 1):
+        reasons.append(f"stride {sides(conv.stride)} is not 1")
+    if sides(conv.dilation) != (1, 1):
+        reasons.append(f"dilation {sides(conv.dilation)} is not 1")
     if conv.padding_mode != "zeros":
         reasons.append(f"padding mode {conv.padding_mode!r} is not 'zeros'")
     if not _keeps_size(conv):
@@ -62,5 +63,5 @@ def reasons_against_depthwise(conv: nn.Conv2d) -> list[str]:
 def _keeps_size(conv: nn.Conv2d) -> bool:
     if conv.padding == "same":
         return True
-    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    padding = (0, 0) if isinstance(conv.padding, str) else sides(conv.padding)
     return all(2 * pad == size - 1 for pad, size in zip(padding, conv.kernel_size))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widekernel.layers.sides import sides
 from widekernel.ops.jit_trace import is_tracing
 from widekernel.ops.pointwise_grad import pointwise_conv
 
@@ -107,10 +108,10 @@ def reasons_against_pointwise(conv: nn.Conv2d) -> list[str]:
         reasons.append(f"kernel {tuple(conv.kernel_size)} is not 1x1")
     if conv.groups != 1:
         reasons.append(f"{conv.groups} groups")
-    if tuple(conv.stride) != (1, 1):
-        reasons.append(f"stride {tuple(conv.stride)} is not 1")
-    if not isinstance(conv.padding, str) and any(pad != 0 for pad in conv.padding):
-        reasons.append(f"padding {tuple(conv.padding)} is not 0")
+    if sides(conv.stride) != (1, 1):
+        reasons.append(f"stride {sides(conv.stride)} is not 1")
+    if not isinstance(conv.padding, str) and sides(conv.padding) != (0, 0):
+        reasons.append(f"padding {sides(conv.padding)} is not 0")
     return reasons
 
 

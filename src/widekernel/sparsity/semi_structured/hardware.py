@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.sides import sides
 from widekernel.sparsity.semi_structured.eligibility import layer_name
 from widekernel.sparsity.semi_structured.manifest import Manifest
 from widekernel.sparsity.semi_structured.masks import check_semi_structured
@@ -151,7 +152,7 @@ def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
     if isinstance(layer, nn.Conv2d):
         if prod(layer.kernel_size) != 1 or layer.groups != 1:
             return "torch.sparse multiplies matrices: only linear layers and 1x1 convolutions can be compressed"
-        if not isinstance(layer.padding, str) and any(layer.padding):
+        if not isinstance(layer.padding, str) and sides(layer.padding) != (0, 0):
             return f"padding {layer.padding} of a 1x1 convolution"
     if axis != "channels" and not (axis == "im2col" and weight.shape[1] % 4 == 0):
         return f"groups along axis={axis!r} do not lie within rows"
@@ -191,4 +192,4 @@ def compressed(layer: nn.Module, backend: str, compress: Callable[[Tensor], Tens
     linear = SparseLinear(matrix, layer.bias, plan, compress)
     if isinstance(layer, nn.Linear):
         return linear.train(layer.training)
-    return SparsePointwise(linear, (int(layer.stride[0]), int(layer.stride[1]))).train(layer.training)
+    return SparsePointwise(linear, sides(layer.stride)).train(layer.training)

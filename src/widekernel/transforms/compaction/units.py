@@ -12,6 +12,7 @@ from widekernel.layers.folding import is_trained
 from widekernel.layers.hidden_units import Compactable, HiddenUnits
 from widekernel.layers.rebuilding import is_plain, layer_like
 from widekernel.layers.replacing import with_submodule
+from widekernel.layers.sides import sides
 from widekernel.transforms.compaction.report import LayerReport
 
 # Activations that act on each unit alone. Only then is a unit without weights constant, and one that is not read unused.
@@ -99,7 +100,7 @@ def _is_matrix(layer: nn.Module) -> bool:
     if not is_plain(layer) or hasattr(layer, "parametrizations"):
         return False
     if isinstance(layer, nn.Conv2d):
-        plain = layer.padding in (0, (0, 0), "valid") and tuple(layer.stride) == (1, 1)
+        plain = (layer.padding == "valid" or sides(layer.padding) == (0, 0)) and sides(layer.stride) == (1, 1)
         return plain and layer.groups == 1 and tuple(layer.kernel_size) == (1, 1)
     return isinstance(layer, nn.Linear)
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from widekernel.layers.rebuilding import is_plain
+from widekernel.layers.sides import sides
 from widekernel.ops.patch import Patch
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 
@@ -60,8 +61,8 @@ def is_pointwise(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
     conv: Any = module
-    sizes = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
-    return sizes == ((1, 1), (1, 1), 1) and (isinstance(conv.padding, str) or tuple(conv.padding) == (0, 0))
+    sizes = tuple(conv.kernel_size), sides(conv.stride), conv.groups
+    return sizes == ((1, 1), (1, 1), 1) and (isinstance(conv.padding, str) or sides(conv.padding) == (0, 0))
 
 
 def patch_of(module: nn.Module) -> Patch | None:
@@ -69,12 +70,13 @@ def patch_of(module: nn.Module) -> Patch | None:
     if not is_plain(module) or isinstance(module, nn.Linear) or "weight" not in module._parameters:
         return None
     conv: Any = module
-    plain = conv.padding_mode == "zeros" and tuple(conv.dilation) == (1, 1) and conv.padding != "same"
+    plain = conv.padding_mode == "zeros" and sides(conv.dilation) == (1, 1) and conv.padding != "same"
     depthwise = 1 < conv.groups == conv.in_channels == conv.out_channels
-    if not plain or not (depthwise or (conv.groups == 1 and max(conv.stride) > 1)):
+    stride = sides(conv.stride)
+    if not plain or not (depthwise or (conv.groups == 1 and max(stride) > 1)):
         return None
-    padding = (0, 0) if conv.padding == "valid" else tuple(conv.padding)
-    return Patch(tuple(conv.kernel_size), tuple(conv.stride), padding)
+    padding = (0, 0) if conv.padding == "valid" else sides(conv.padding)
+    return Patch(tuple(conv.kernel_size), stride, padding)
 
 
 def is_product(module: nn.Module) -> bool:

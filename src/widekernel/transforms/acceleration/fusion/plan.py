@@ -313,7 +313,8 @@ def _described(found: BlockGraph, region: Region) -> str:
     widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     parts = [str(widths[0]), str(widths[1])]
     if region.depthwise:
-        size, stride = ("x".join(map(str, sides)) for sides in (layers[0].kernel_size, layers[0].stride))
+        assert region.patch is not None
+        size, stride = ("x".join(map(str, pair)) for pair in (region.patch.kernel, region.patch.stride))
         parts = [f"{size} depthwise with stride {stride}, {region.dim_in} channels"]
     elif region.patch is not None:
         rows, columns = region.patch.kernel
