@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,27 @@ def test_detections(case: str, shared: Path, tmp_path: Path) -> None:
         check_stages(golden, recorder)
         resized = detector(golden.images(), [ImageSize(size.height, size.width) for size in golden.sizes()])
         exact = detector.double()(golden.images().double(), golden.sizes())
-    check_detections(golden, "", found, exact)
-    check_detections(golden, "norescale:", resized, exact)
+        rounding = most_by_rounding(detector, golden, exact)
+    check_detections(golden, "", found, exact, rounding)
+    check_detections(golden, "norescale:", resized, exact, rounding)
+
+
+def most_by_rounding(detector: TwoStageDetector, golden: Golden, exact: list[Detections]) -> float:
+    """Return by how much rounding to float32 may change scores: twice what perturbing the weights by 4e-7 does.
+
+    Such perturbations leave the order of the detections as it is: the cases were chosen so. How much scores change depends
+    on the case (1e-6 to 3e-5), and how much they change by rounding also on the processor and PyTorch's kernels for it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for _ in range(3):
+        perturbed = copy.deepcopy(detector)
+        for weight in perturbed.parameters():
+            weight.mul_(1 + 4e-7 * (2 * torch.rand(weight.shape, dtype=torch.float64, generator=generator) - 1))
+        for one, other in zip(perturbed(golden.images().double(), golden.sizes()), exact, strict=True):
+            largest = max(largest, float((one.scores - other.scores).abs().max()))
+    assert 0 < largest < 1e-4
+    return max(1e-5, 2 * largest)
 
 
 def record(detector: TwoStageDetector) -> Recorder:
@@ -94,14 +114,14 @@ def check_stages(golden: Golden, recorder: Recorder) -> None:
     golden.check("mask_rois", recorder.inputs["mask_features"][1], 0, 1e-3)
 
 
-def check_detections(golden: Golden, prefix: str, found: list[Detections], exact: list[Detections]) -> None:
+def check_detections(golden: Golden, prefix: str, found: list[Detections], exact: list[Detections], rounding: float) -> None:
     for image, (each, in_float64) in enumerate(zip(found, exact, strict=True)):
         expected = golden[f"{prefix}dets_img{image}"]
         assert each.boxes.shape == expected[:, :4].shape
         assert (each.boxes - expected[:, :4]).abs().max() <= 1e-3
         # The reference is in float32. Its rounding and ours would add up, so both are compared with float64.
         assert (in_float64.scores - expected[:, 4]).abs().max() <= 1e-5
-        assert (each.scores - in_float64.scores).abs().max() <= 1e-5
+        assert (each.scores - in_float64.scores).abs().max() <= rounding
         assert torch.equal(each.labels, golden[f"{prefix}labels_img{image}"])
         assert torch.equal(each.labels.bincount(minlength=5), golden[f"{prefix}result_counts_img{image}"])
         assert each.masks is not None
