@@ -100,8 +100,9 @@ def _is_matrix(layer: nn.Module) -> bool:
     if not is_plain(layer) or hasattr(layer, "parametrizations"):
         return False
     if isinstance(layer, nn.Conv2d):
-        plain = (layer.padding == "valid" or sides(layer.padding) == (0, 0)) and sides(layer.stride) == (1, 1)
-        return plain and layer.groups == 1 and tuple(layer.kernel_size) == (1, 1)
+        padding = layer.padding
+        unpadded = padding == "valid" if isinstance(padding, str) else sides(padding) == (0, 0)
+        return unpadded and sides(layer.stride) == (1, 1) and layer.groups == 1 and tuple(layer.kernel_size) == (1, 1)
     return isinstance(layer, nn.Linear)
 
 
