@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from widekernel.layers.alterations import alterations, replaced_methods
 from widekernel.layers.folding import is_trained
 from widekernel.layers.hidden_units import Compactable, HiddenUnits
+from widekernel.layers.pointwise import reasons_against_pointwise
 from widekernel.layers.rebuilding import is_plain, layer_like
 from widekernel.layers.replacing import with_submodule
-from widekernel.layers.sides import sides
 from widekernel.transforms.compaction.report import LayerReport
 
 # Activations that act on each unit alone. Only then is a unit without weights constant, and one that is not read unused.
@@ -100,9 +100,7 @@ def _is_matrix(layer: nn.Module) -> bool:
     if not is_plain(layer) or hasattr(layer, "parametrizations"):
         return False
     if isinstance(layer, nn.Conv2d):
-        padding = layer.padding
-        unpadded = padding == "valid" if isinstance(padding, str) else sides(padding) == (0, 0)
-        return unpadded and sides(layer.stride) == (1, 1) and layer.groups == 1 and tuple(layer.kernel_size) == (1, 1)
+        return not reasons_against_pointwise(layer)
     return isinstance(layer, nn.Linear)
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from widekernel.layers.pointwise import reasons_against_pointwise
 from widekernel.layers.rebuilding import is_plain
 from widekernel.layers.sides import sides
 from widekernel.ops.patch import Patch
@@ -60,9 +61,7 @@ def is_pointwise(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear):
         return True
-    conv: Any = module
-    sizes = tuple(conv.kernel_size), sides(conv.stride), conv.groups
-    return sizes == ((1, 1), (1, 1), 1) and (isinstance(conv.padding, str) or sides(conv.padding) == (0, 0))
+    return not reasons_against_pointwise(cast(nn.Conv2d, module))
 
 
 def patch_of(module: nn.Module) -> Patch | None:
