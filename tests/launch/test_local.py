@@ -84,6 +84,23 @@ def test_output(tmp_path: Path) -> None:
     assert sum(line in ("[rank 1] same", "[rank 2] same") for line in lines) == 1
 
 
+def test_lines_do_not_run_into_one_another() -> None:
+    """What receives the lines need not expect two at once: `print` writes a line and its end one after the other."""
+    program = "import os, sys; r = os.environ['RANK']; [sys.stderr.write(f'{n} of {r}\\n') for n in range(40)]"
+    inside, together, lines = [], [], []
+
+    def say(line: str) -> None:
+        inside.append(line)
+        time.sleep(0.002)
+        together.append(len(inside))
+        inside.remove(line)
+        lines.append(line)
+
+    assert local.launch([sys.executable, "-S", "-c", program], 4, say) == 0
+    assert set(together) == {1}
+    assert sorted(lines) == sorted(f"[rank {rank}] {n} of {rank}" for rank in range(1, 4) for n in range(40))
+
+
 @pytest.mark.parametrize(
     ("fate", "code", "text"),
     [

@@ -52,7 +52,8 @@ def launch(command: Sequence[str], processes: int, say: Callable[[str], None]) -
     Args:
         command: program and arguments.
         processes: number of processes.
-        say: receives each line that is to be shown, and messages about processes that died.
+        say: receives each line that is to be shown, and messages about processes that died; called from several threads,
+            but never by two of them at once.
 
     Returns:
         0 if all have succeeded; else the code of the process that failed first, or 128 + n if signal n killed it.
@@ -111,12 +112,12 @@ class _Group:
     """The processes, which end together."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+        self._receive = say
         self._children: list[subprocess.Popen] = []
         self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self._readers: list[threading.Thread] = []
         self._shown: set[str] = set()
-        self._showing = threading.Lock()
+        self._showing, self._saying = threading.Lock(), threading.Lock()
         self._received: list[int] = []
 
     def signals(self) -> _SignalHandlers:
@@ -186,6 +187,10 @@ class _Group:
                     f"Process {rank} (rank {rank}, pid {child.pid}) did not end within {grace_s:.0f} s, and was killed."
                 )
             self._kill(child, signal.SIGKILL)
+
+    def _say(self, line: str) -> None:
+        with self._saying:
+            self._receive(line)
 
     def _left(self) -> list[tuple[int, subprocess.Popen]]:
         return [(rank, child) for rank, child in enumerate(self._children) if child.returncode is None]
