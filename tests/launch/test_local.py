@@ -21,7 +21,7 @@ for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_D
 widekernel = types.ModuleType("widekernel"); widekernel.__path__ = [sys.argv[1] + "/widekernel"]
 sys.modules["widekernel"] = widekernel
 from widekernel.launch.local import launch
-say = lambda line: print(line, file=sys.stderr, flush=True)
+say = lambda line: sys.stderr.write(line + "\\n")  # at once, also if unbuffered: process 0 writes to the same place
 sys.exit(launch([sys.executable, "-S", "-c", sys.argv[3]], int(sys.argv[2]), say))
 """
 SOURCE = str(Path(local.__file__).parents[2])
