@@ -149,9 +149,12 @@ def test_a_block_that_gains_nothing_alone_is_fused_to_complete_a_chain(monkeypat
     slow = 1.05
     with torch.no_grad():
         _, report = accelerate(model, image())
-    assert type(model[0]) is FusedChain
-    assert report.chains == ("0",)
-    assert {row.name: row.reason for row in report.fused} == {"0.0": "", "0.1": "a part of a chain"}
+        assert type(model[0]) is FusedChain
+        assert report.chains == ("0",)
+        assert {row.name: row.reason for row in report.fused} == {"0.0": "", "0.1": "a part of a chain"}
+        in_nchw = image().contiguous()
+        assert "x.contiguous(memory_format=torch.channels_last)" in model[0].reasons_against(in_nchw)[0]
+        assert model[0].reasons_against(image()) == []
     # Alone it would gain nothing.
     assert {row.name: row.after for row in report.blocks}["2.0"] is None
     # A member that is planned again completes the chain again. The others are fused already and not timed.

@@ -80,7 +80,12 @@ class Replay:
         if any(kind.forward is not forward for kind, forward in _FORWARDS.items()):
             return "the forward of a class of layers has been replaced"
         found = None if self._recorded is None else self._recorded.sequences.get(_key(x))
-        return found if isinstance(found, str) else ""
+        if not isinstance(found, str):
+            return ""
+        if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+            # Some layers leave images in another layout to PyTorch.
+            found += "; images in channels_last may avoid it: x.contiguous(memory_format=torch.channels_last)"
+        return found
 
     def forget(self) -> None:
         """Release all recorded calls, with the packed weights that they use."""
