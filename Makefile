@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # fixtures. A process that has finished takes tests from the others.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-clients test-neon wheels test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
+.PHONY: demo test test-all test-clients test-neon test-avx512 fuzz-avx512 wheels test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
 
 # OFFLINE=1 is for machines without a network: nothing is set up, and packages that PYTHON lacks are taken from a folder of
 # wheels, which `make offline-bundle` fills on another machine.
@@ -37,6 +37,7 @@ help:
 	@echo "make test-all        run every test that this machine can run, including those with full-size models"
 	@echo "make test-clients    install the libraries that use widekernel (transformers, Lightning, ...), and run the tests with them"
 	@echo "make test-neon       cross-compile the CPU kernels for 64-bit Arm, and test them in an emulator"
+	@echo "make test-avx512     compile the CPU kernels of AVX-512, bfloat16 and int8 for AVX2, and test them on a processor without these"
 	@echo "make wheels          cross-compile the CPU kernels, and build the wheels for Linux, macOS and Windows in dist/;"
 	@echo "                     option: PLATFORMS=manylinux_2_28_x86_64"
 	@echo "make test-gpu        run the tests of the compiled GPU kernels, on a GPU; also under compute-sanitizer if it is on PATH"
@@ -89,6 +90,17 @@ test-neon:
 	$(EMULATOR) -L /usr/$(ARM) $(NEON)/fuzz $(NEON)/_native.so isa=neon problems=$(or $(PROBLEMS),1000)
 	$(EMULATOR) -L /usr/$(ARM) $(NEON)/fuzz $(NEON)/_native.so isa=neon problems=100 seed=1000000 \
 		openmp=/usr/$(ARM)/lib/libgomp.so.1
+
+# Everything of these kernels but their instructions: tiles, remainders, packing, threads, rounding.
+AVX512 := build/avx512
+fuzz-avx512:
+	@command -v cmake >/dev/null || { echo "make $@ needs these Debian packages: apt-get install cmake"; exit 2; }
+	cmake -S native -B $(AVX512) -DWIDEKERNEL_FUZZ=ON -DWIDEKERNEL_EMULATE_AVX512=ON
+	cmake --build $(AVX512) -j2
+	$(AVX512)/fuzz $(AVX512)/_native.so isa=avx512 problems=$(or $(PROBLEMS),1000)
+
+test-avx512: fuzz-avx512 $(STAMP)
+	WIDEKERNEL_LIBRARY=$(CURDIR)/$(AVX512)/_native.so $(BIN)/python -m pytest $(PARALLEL) tests/ops/cpu tests/transforms
 
 # The tools are separate from those of development: they are large, and only whoever publishes needs them.
 WHEEL_TOOLS := build/wheel-tools

@@ -53,7 +53,18 @@ template <int N, int DEGREE> WK_INLINE void gelu(const Tail<DEGREE> &tail, Vec (
     unroll<N>([&](auto j) { x[j] = relu(x[j]) - a[j] * (Vec)((Bits)power[j] + ((Bits)shifted[j] << 23)); });
 }
 
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_LANES == 16
+// Of 32 values, those whose numbers stand in the lowest five bits of the lanes.
+WK_INLINE Vec look_up(const float *values, const Vec &numbers) {
+#if WK_AVX512
+    return (Vec)_mm512_permutex2var_ps(_mm512_load_ps(values), (__m512i)numbers, _mm512_load_ps(values + 16));
+#else
+    Vec found;
+    for (int i = 0; i < LANES; i++) found[i] = values[((Bits)numbers)[i] & 31];
+    return found;
+#endif
+}
+
 // The same with a polynomial of degree 4 for each of 32 intervals, whose coefficients are looked up in registers; half the work.
 template <int N> WK_INLINE void gelu(const TailTable &table, Vec (&x)[N]) {
     constexpr float WIDTH = 3.0f / 16;
@@ -63,9 +74,8 @@ template <int N> WK_INLINE void gelu(const TailTable &table, Vec (&x)[N]) {
     unroll<N>([&](auto j) { interval[j] = a[j] * (1 / WIDTH) + 12582912.0f; });
     unroll<5>([&](auto i) {
         const float *power = table.power[4 - i];
-        const __m512 low = _mm512_load_ps(power), high = _mm512_load_ps(power + 16);
         unroll<N>([&](auto j) {
-            const Vec coefficient = (Vec)_mm512_permutex2var_ps(low, (__m512i)interval[j], high);
+            const Vec coefficient = look_up(power, interval[j]);
             const Vec r = a[j] - (interval[j] - 12582912.0f) * WIDTH;
             if constexpr (i == 0)
                 tail[j] = coefficient;
@@ -77,7 +87,7 @@ template <int N> WK_INLINE void gelu(const TailTable &table, Vec (&x)[N]) {
 }
 #endif
 
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_LANES == 16
 constexpr const TailTable &ERF = ERF_TABLE, &TANH = TANH_TABLE;
 #else
 constexpr const Tail<9> &ERF = ERF_TAIL;

@@ -3,6 +3,7 @@
 
 #include "correlate.hpp"
 #include "few_rows.hpp"
+#include "narrow.hpp"
 #include "pack.hpp"
 
 namespace wk {
@@ -53,7 +54,12 @@ struct Direct {
     }
 
     // Output rows a … a + MOST_ROWS - 1, as far as there are any.
-    void rows(int64_t a) const { rows_of_many(Tiles(outputs.columns, taps.columns), a); }
+    void rows(int64_t a) const {
+        if (outputs.columns == size.columns && outputs.columns <= WIDEST_NARROW)
+            narrow_rows(a);
+        else
+            rows_of_many(Tiles(outputs.columns, taps.columns), a);
+    }
 
   private:
     void rows_of_few() const {
@@ -75,6 +81,20 @@ struct Direct {
                 c.out = out.pixel(a, b);
                 turns.run(c);
             }
+        }
+    }
+
+    void narrow_rows(int64_t a) const {
+        const CorrelateNarrow correlate = narrow_by_width(size.columns, std::make_integer_sequence<int, WIDEST_NARROW>{});
+        NarrowRow c;
+        c.out_column = out.column, c.add = add, c.start = start;
+        c.x_row = x.row, c.x_column = x.column, c.taps = taps.columns, c.anchor = anchor.columns;
+        for (const int64_t end = least(a + MOST_ROWS, outputs.rows); a < end; a++) {
+            // The kernel rows that meet the image.
+            const int64_t first = most(0, anchor.rows - a);
+            c.rows = least(taps.rows, size.rows + anchor.rows - a) - first;
+            c.out = out.pixel(a, 0), c.x = x.pixel(a + first - anchor.rows, 0), c.w = window + first * taps.columns;
+            correlate(c);
         }
     }
 

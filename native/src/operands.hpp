@@ -25,7 +25,6 @@ constexpr bool SCALED = WORD == 4;
 constexpr int64_t SCALE_VECTORS = SCALED ? 1 : 0, SCALE_LINES = SCALED ? 2 : 0;
 
 #if WK_WORD == 4
-typedef int32_t Ints __attribute__((vector_size(WK_LANES * 4)));
 // Scales below this count as zero: their inverse would not be a number.
 constexpr float NEGLIGIBLE = 1e-30f;
 
@@ -60,7 +59,7 @@ WK_INLINE int32_t sum_of_words(const float *, int64_t, int64_t) { return 0; }
 // The value at an address in every lane (NEON: in the first one). The compiler would fold it into each product that uses it, and
 // loads would be the limit.
 WK_INLINE Vec spread(const float *at) {
-#if defined(__AVX__)
+#if WK_AVX
     Vec value;
     asm("vbroadcastss %1, %0" : "=v"(value) : "m"(*at));
     return value;
@@ -69,7 +68,8 @@ WK_INLINE Vec spread(const float *at) {
     asm volatile("ldr %s0, %1" : "=w"(value) : "m"(*at));  // in this order: otherwise all loads come first and are spilled
     return value;
 #else
-    Vec value = all(*at);
+    // The bits, since a word of several channels may look like a NaN, whose bits a subtraction may change.
+    Vec value = WORD == 1 ? all(*at) : (Vec)(read<uint32_t>(at) - Bits{});
     hold(value);
     return value;
 #endif
@@ -77,11 +77,20 @@ WK_INLINE Vec spread(const float *at) {
 
 // sum += a · b, where `a` comes from `spread`. In place: otherwise the compiler renames the sums and spills them.
 WK_INLINE void add_product(Vec &sum, const Vec &a, const Vec &b) {
-#if WK_WORD == 2
+#if WK_WORD == 2 && WK_AVX512
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#elif WK_WORD == 4
+#elif WK_WORD == 4 && WK_AVX512
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#elif defined(__FMA__)
+#elif WK_WORD == 2
+    sum += (Vec)((Bits)a & 0xffff0000u) * (Vec)((Bits)b & 0xffff0000u);
+    sum += (Vec)((Bits)a << 16) * (Vec)((Bits)b << 16);
+#elif WK_WORD == 4
+    // The numbers of `a` have no sign, those of `b` do.
+    unroll<WORD>([&](auto i) {
+        constexpr int FIRST = 8 * i, ABOVE = 24 - FIRST;
+        sum = (Vec)((Ints)sum + (Ints)((Bits)a >> FIRST & 0xff) * ((Ints)((Bits)b << ABOVE) >> 24));
+    });
+#elif WK_AVX && __FMA__
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #elif defined(__aarch64__)
     asm volatile("fmla %0.4s, %2.4s, %1.s[0]" : "+w"(sum) : "w"(a), "w"(b));
@@ -116,7 +125,9 @@ WK_INLINE Vec value_of(Vec sum, const Vec *row, const float *column, int64_t lin
     hold(sum);  // otherwise the compiler stores all sums in every step of a product, to read them as whole numbers here
     // Without a sign: the zero of a pixel that is not finite overflows. One scale after the other: their product may overflow.
     const Ints exact = (Ints)((Bits)sum - (Bits)spread(pixel + 1) * read<Bits>(column));
-    return __builtin_convertvector(exact, Vec) * read<Vec>(column + line) * spread(pixel);
+    Vec value = __builtin_convertvector(exact, Vec) * read<Vec>(column + line) * spread(pixel);
+    hold(value);  // otherwise some tiles, but not all, would be rounded only after they are added
+    return value;
 #else
     (void)row, (void)column, (void)line;
     return sum;

@@ -37,17 +37,15 @@ struct Processor {
         return has(basic, fma | f16c) && has(extended, avx2) && has(enabled, saved);
     }
 
+#ifdef WIDEKERNEL_EMULATE_AVX512
+    // Its units are compiled for AVX2.
+    bool avx512() const { return avx2(); }
+    bool avx512_bf16() const { return avx2(); }
+    bool avx512_vnni() const { return avx2(); }
+#else
     bool avx512() const {
         constexpr uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, saved = 0xe6;
         return avx2() && has(extended, f | dq | bw | vl) && has(enabled, saved);
-    }
-
-    bool is_amd() const { return vendor == 0x68747541; }  // "Auth"
-
-    // It computes vectors of 512 bits in two halves: one multiply-add in a cycle instead of two.
-    bool is_zen4() const {
-        constexpr uint32_t zen_3_and_4 = 0x19;
-        return is_amd() && avx512() && family == zen_3_and_4;
     }
 
     bool avx512_bf16() const {
@@ -58,6 +56,15 @@ struct Processor {
     bool avx512_vnni() const {
         constexpr uint32_t vnni = 1u << 11;
         return avx512() && has(more, vnni);
+    }
+#endif
+
+    bool is_amd() const { return vendor == 0x68747541; }  // "Auth"
+
+    // It computes vectors of 512 bits in two halves: one multiply-add in a cycle instead of two.
+    bool is_zen4() const {
+        constexpr uint32_t zen_3_and_4 = 0x19;
+        return is_amd() && avx512() && family == zen_3_and_4;
     }
 
   private:

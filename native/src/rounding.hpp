@@ -34,12 +34,26 @@ class Rounding {
 
     // Rounded to the nearest number, ties to even; packing limits them to 0 … 255.
     WK_INLINE Vec words_of(const Vec (&channels)[WORD]) const {
+#if WK_AVX512
         __m512i number[WORD];
         unroll<WORD>([&](auto i) { number[i] = _mm512_cvtps_epi32((__m512)(channels[i] * inverse_ + shift_)); });
         const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(number[0], number[1]), _mm512_packs_epi32(number[2], number[3]));
         // Packing works within quarters of vectors.
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         return (Vec)_mm512_permutexvar_epi32(order, bytes);
+#else
+        typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+        Vec words{};
+        unroll<WORD>([&](auto i) {
+            const Vec number = channels[i] * inverse_ + shift_;
+            // What has no place among the 32-bit numbers, like NaN, becomes the smallest of them.
+            const Bits known = (Bits)(number > 0.0f) & (Bits)(number < 2147483648.0f);
+            // Adding 1.5 · 2^23 rounds to a whole number, which then stands in the lowest bits.
+            const Bits rounded = (Bits)(at_most(number, all(255)) + 12582912.0f) & known & 0xff;
+            write(reinterpret_cast<char *>(&words) + i * LANES, __builtin_convertvector(rounded, Bytes));
+        });
+        return words;
+#endif
     }
 
     WK_INLINE Vec as_vector() const {
@@ -71,8 +85,12 @@ struct Rounding {
     WK_INLINE void decide() {}
     // A vector of words from WORD vectors of channels, which are rounded to the nearest factor.
     WK_INLINE Vec words_of(const Vec (&channels)[WORD]) const {
-#if WK_WORD == 2
+#if WK_WORD == 2 && WK_AVX512
         return (Vec)_mm512_cvtne2ps_pbh((__m512)channels[1], (__m512)channels[0]);
+#elif WK_WORD == 2
+        Vec words{};
+        unroll<WORD>([&](auto i) { BFloat16::store(reinterpret_cast<uint16_t *>(&words) + i * LANES, channels[i]); });
+        return words;
 #else
         return channels[0];
 #endif

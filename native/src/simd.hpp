@@ -13,6 +13,11 @@
 #include <arm_neon.h>
 #endif
 
+// Whether a vector is one register of AVX-512, or of AVX. It is not in the portable unit, nor in those of AVX-512 when they are
+// compiled for tests on processors without it (WIDEKERNEL_EMULATE_AVX512); both are written without its instructions.
+#define WK_AVX512 (WK_LANES == 16 && __AVX512F__)
+#define WK_AVX (WK_AVX512 || (WK_LANES == 8 && __AVX__))
+
 #define WK_INLINE __attribute__((always_inline)) inline
 
 namespace wk {
@@ -21,6 +26,7 @@ namespace WK_NAMESPACE {
 constexpr int LANES = WK_LANES;
 typedef float Vec __attribute__((vector_size(WK_LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(WK_LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(WK_LANES * 4)));
 
 // A vector anywhere in memory.
 typedef float Loose __attribute__((vector_size(WK_LANES * 4), aligned(4), may_alias));
@@ -48,16 +54,20 @@ WK_INLINE Vec all(float value) { return value - Vec{}; }
 
 // Keeps a value in a register: otherwise the compiler loads the same weight once for every row that uses it.
 WK_INLINE void hold(Vec &value) {
-#if defined(__x86_64__)
+#if WK_AVX || (WK_LANES == 4 && __SSE2__)
     asm("" : "+v"(value));
 #elif defined(__aarch64__)
     asm("" : "+w"(value));
+#elif defined(__x86_64__)
+    asm("" : "+m"(value));  // there is no register for it
+#else
+    (void)value;
 #endif
 }
 
 // The smaller of a and `bound`, which is not NaN, or `bound` if a is NaN; the compiler would compare and select.
 WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
-#if defined(__AVX__)
+#if WK_AVX
     Vec smaller;
     asm("vminps %2, %1, %0" : "=v"(smaller) : "v"(a), "v"(bound));
     return smaller;
@@ -68,7 +78,7 @@ WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
 
 // max(a, 0), but NaN stays NaN.
 WK_INLINE Vec relu(const Vec &a) {
-#if defined(__AVX__)
+#if WK_AVX
     Vec larger;
     asm("vmaxps %2, %1, %0" : "=v"(larger) : "v"(Vec{}), "v"(a));
     return larger;
@@ -79,7 +89,7 @@ WK_INLINE Vec relu(const Vec &a) {
 
 // sum + factor · *at, directly from memory. Otherwise the compiler loads many operands in advance and spills accumulators.
 WK_INLINE Vec multiply_add(Vec sum, Vec factor, const Vec *at) {
-#if defined(__FMA__)
+#if WK_AVX && __FMA__
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(factor), "m"(*at));
     return sum;
 #else
@@ -97,9 +107,9 @@ template <class T> WK_INLINE void write(void *to, const T &value) { __builtin_me
 
 // Write a vector without reading its memory into the caches first. The address must be aligned like a vector.
 WK_INLINE void write_past_caches(float *to, const Vec &value) {
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_AVX512
     _mm512_stream_ps(to, (__m512)value);
-#elif defined(__AVX__) && WK_LANES == 8
+#elif WK_AVX
     _mm256_stream_ps(to, (__m256)value);
 #else
     write(to, value);
@@ -180,7 +190,7 @@ struct Float16 {
     }
 
     static WK_INLINE Vec load(const uint16_t *from) {
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_AVX512
         return (Vec)_mm512_cvtph_ps(read<__m256i>(from));
 #elif defined(__F16C__) && WK_LANES == 8
         return (Vec)_mm256_cvtph_ps(read<__m128i>(from));
@@ -194,7 +204,7 @@ struct Float16 {
     }
 
     static WK_INLINE void store(uint16_t *to, Vec value) {
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_AVX512
         write(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__) && WK_LANES == 8
         write(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -208,7 +218,7 @@ struct Float16 {
 
 // The first `count` lanes of a vector; the others are read as zero and not written.
 template <class Type> WK_INLINE Vec load_some(const typename Type::Stored *from, int count) {
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_AVX512
     if constexpr (sizeof(typename Type::Stored) == 4)
         return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
 #endif
@@ -218,7 +228,7 @@ template <class Type> WK_INLINE Vec load_some(const typename Type::Stored *from,
 }
 
 template <class Type> WK_INLINE void store_some(typename Type::Stored *to, Vec value, int count) {
-#if defined(__AVX512F__) && WK_LANES == 16
+#if WK_AVX512
     if constexpr (sizeof(typename Type::Stored) == 4) {
         _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
         return;

@@ -78,14 +78,14 @@ def test_what_cannot_be_tested(fuzz: Path, installed: library.Library, tmp_path:
 
 
 @pytest.mark.slow
-def test_neon_in_an_emulator(tracked_copy: Path) -> None:
-    done = subprocess.run(
-        ["make", "test-neon", "PROBLEMS=100"], cwd=tracked_copy, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(("target", "isa"), [("test-neon", "neon"), ("fuzz-avx512", "avx512")])
+def test_other_processors(target: str, isa: str, tracked_copy: Path) -> None:
+    """NEON in an emulator, and AVX-512 compiled for AVX2."""
+    done = subprocess.run(["make", target, "PROBLEMS=100"], cwd=tracked_copy, capture_output=True, text=True, check=False)
     if "needs these Debian packages" in done.stdout:
         pytest.skip(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "neon: 100 problems" in done.stdout
+    assert f"{isa}: 100 problems" in done.stdout
     assert "warning" not in done.stdout + done.stderr
 
 
