@@ -7,7 +7,7 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// Both rows and a tap must fit into the registers. With more registers, the kernels for windows of few rows are as good.
+// Both rows and a tap must fit into the registers. Not used where there are more of them: there, it has not been timed.
 constexpr int WIDEST_NARROW = WK_REGISTERS >= 32 ? 0 : 7;
 
 // out[t] = start + Σ_n Σ_v x[n][v] · w[n][v - t + anchor]   for 0 ≤ n < rows, 0 ≤ v < W, 0 ≤ v - t + anchor < taps
